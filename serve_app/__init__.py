@@ -1,0 +1,1 @@
+"""The Stable Diffusion ControlNet server; knows no Ray except in the one function below."""

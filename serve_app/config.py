@@ -1,0 +1,311 @@
+"""The configuration: one frozen tree, read once at the entry, handed down in sections.
+
+The only module that reads YAML or the environment. Unknown keys are refused. Secrets are never values here: a field
+that ends in ``_env`` holds the *name* of an environment variable, because whatever Ray Serve deploys can be read in
+its dashboard.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from serve_app.errors import ConfigError
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+Seconds = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+ModelId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+"""Starts with a letter or digit, holds no separators: safe as a file name and in a URL."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ServerConfig(Section):
+    """What clients see of the HTTP side."""
+
+    public_url: str = "http://127.0.0.1:8000"
+    """Base of every URL in an answer; no trailing slash needed."""
+    sync_wait_s: Annotated[float, Field(ge=0, le=600)] = 25.0
+    """How long a submit waits for its picture before it answers ``processing``."""
+    max_body_bytes: Count = 20 * 1024 * 1024
+    cors_origins: tuple[str, ...] = ("*",)
+
+
+class DatabaseConfig(Section):
+    url: str | None = None
+    """SQLAlchemy URL without a password; None: SQLite in the data folder."""
+    password_env: str | None = None
+    """Name of the environment variable that holds the password."""
+    pool_size: Count = 5
+
+
+class StorageConfig(Section):
+    url: str | None = None
+    """``file:///folder``; None: a folder in the data folder."""
+    shared: bool = False
+    """The operator's word that every node sees the same folder under this path."""
+
+
+class ModelSource(Section):
+    """A model to publish at start."""
+
+    id: ModelId
+    path: Path
+    """Folder in diffusers layout, or a repository folder of a HF hub cache (``models--owner--name``)."""
+    family: str | None = None
+    """Base family; None: read from the model's own configuration."""
+    control_type: str | None = None
+    """For a ControlNet: the built-in id (``canny`` ...) it answers to."""
+
+
+class FetchConfig(Section):
+    """The guarded HTTP client. Only globally routable addresses are reached unless listed here."""
+
+    allow_hosts: tuple[str, ...] = ()
+    """Host names or address literals that may resolve to private addresses, e.g. an image store of your own."""
+    allow_cidrs: tuple[str, ...] = ()
+    ports: tuple[Port, ...] = (80, 443)
+    allow_any_port_on_allowed_hosts: bool = True
+    connect_timeout_s: Seconds = 5.0
+    total_timeout_s: Seconds = 20.0
+    max_redirects: Annotated[int, Field(ge=0, le=10)] = 3
+    max_url_length: Count = 2048
+
+
+class ImageLimits(Section):
+    max_bytes: Count = 10 * 1024 * 1024
+    max_pixels: Count = 40_000_000
+    max_side: Count = 16384
+
+
+class LimitsConfig(Section):
+    """What one request and one key may ask for."""
+
+    queue_max: Count = 1000
+    """Queued jobs in the whole cluster; one more is answered with 'Rate limit exceeded'."""
+    queue_max_per_tenant: Count | None = None
+    requests_per_minute: Count | None = None
+    """Submits per key; None: no limit."""
+    max_width: Annotated[int, Field(ge=64, multiple_of=8)] = 1024
+    max_height: Annotated[int, Field(ge=64, multiple_of=8)] = 1024
+    max_controls: Count = 8
+
+
+class PromptsConfig(Section):
+    enhance_suffix: str = ", highly detailed, sharp focus, professional photography"
+    """Appended to the prompt by ``enhance_prompt: yes``."""
+    styles: Mapping[str, str] = Field(
+        default_factory=lambda: {
+            "enhance": "award winning, 4k, harmonious",
+            "cinematic-diva": "cinematic portrait, studio lighting, dramatic",
+            "abstract-expressionism": "abstract expressionism, bold brush strokes",
+            "academia": "academia aesthetic, muted browns, old library",
+            "anime": "anime style, clean lines, vibrant colours",
+            "isometric": "isometric view, clean geometry",
+            "watercolor": "watercolour painting, soft washes",
+        }
+    )
+    """``enhance_style`` name to suffix."""
+
+
+class AutoscalingConfig(Section):
+    """Handed to Ray Serve as it is; see its documentation of ``autoscaling_config``."""
+
+    min_replicas: Annotated[int, Field(ge=0)] = 1
+    max_replicas: Count = 1
+    initial_replicas: Annotated[int, Field(ge=0)] | None = None
+    target_ongoing_requests: Annotated[float, Field(gt=0)] = 8
+    upscale_delay_s: Annotated[float, Field(ge=0)] = 0.0
+    downscale_delay_s: Annotated[float, Field(ge=0)] = 300.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}")
+        return self
+
+
+class ReplicaConfig(Section):
+    """Size and number of the replicas of one deployment."""
+
+    replicas: Count = 1
+    autoscaling_config: AutoscalingConfig | None = None
+    """Given: overrides ``replicas``."""
+    num_cpus: Annotated[float, Field(ge=0)] = 0.1
+    num_gpus: Annotated[float, Field(ge=0)] = 0.0
+    threads: Count = 1
+    """Threads of torch and OpenMP in one replica."""
+    graceful_shutdown_timeout_s: Seconds = 120.0
+
+
+class DenoiserConfig(ReplicaConfig):
+    """One deployment of engine replicas."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,31}$")] = "Denoiser"
+    families: tuple[str, ...] = ()
+    """Base families served here; empty: every family that no other denoiser names."""
+    device: str = "auto"
+    """``auto``: cuda where torch sees a GPU, else cpu."""
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    """``auto``: float16 on cuda, float32 on cpu."""
+    max_rows: Annotated[int, Field(ge=2)] = 16
+    """Rows of one UNet forward at most."""
+    max_latent_area: Count = 16 * 128 * 128
+    """Rows x latent height x latent width of one UNet forward at most."""
+    max_running: Count = 32
+    """Requests that hold engine state at once."""
+    waiting_room: Annotated[int, Field(ge=0)] = 4
+    """Requests a replica takes beyond that, so that it never runs dry."""
+    model_memory_bytes: Count = 16 * 1024**3
+    """Budget of the component cache; the least recently used component that no request holds goes first."""
+    encode_workers: Count = 2
+    """Threads that encode and store PNGs."""
+
+
+class AnnotatorConfig(ReplicaConfig):
+    max_ongoing: Count = 4
+
+
+class GatewayConfig(ReplicaConfig):
+    max_ongoing_requests: Count = 4000
+
+
+class DispatcherConfig(ReplicaConfig):
+    lease_s: Seconds = 20.0
+    """A claimed job whose lease is not renewed for this long goes back to the queue."""
+    poll_s: Seconds = 0.5
+    """How often a dispatcher looks for work when nobody nudges it."""
+    max_jobs: Count = 512
+    """Jobs one dispatcher drives at once."""
+    max_attempts: Count = 5
+    attempt_timeout_s: Seconds = 900.0
+
+
+class SafetyConfig(Section):
+    required: bool = False
+    """Refuse ``safety_checker: yes`` where no safety model is loaded, instead of telling it in meta."""
+
+
+class CompatConfig(Section):
+    hosted_defaults: bool = False
+    """Use the hosted API's defaults for tomesd and enhance_prompt (both ``yes``)."""
+
+
+class WebhookConfig(Section):
+    timeout_s: Seconds = 10.0
+    secret_env: str | None = None
+    """Name of the variable with the Standard Webhooks secret (``whsec_`` + base64); None: unsigned."""
+
+
+class AppConfig(Section):
+    """The whole configuration. Every default is right for one machine."""
+
+    data: Path = Path("data")
+    """Folder for everything that has no place of its own: database, objects, demo model."""
+    nodes: Literal["one", "many"] = "one"
+    """``many`` refuses SQLite and folders that are not declared shared."""
+    demo_model: bool = True
+    models: tuple[ModelSource, ...] = ()
+    models_folder: Path | None = None
+    """Where published models live; None: in the data folder."""
+    server: ServerConfig = ServerConfig()
+    database: DatabaseConfig = DatabaseConfig()
+    storage: StorageConfig = StorageConfig()
+    fetch: FetchConfig = FetchConfig()
+    images: ImageLimits = ImageLimits()
+    limits: LimitsConfig = LimitsConfig()
+    prompts: PromptsConfig = PromptsConfig()
+    gateway: GatewayConfig = GatewayConfig()
+    dispatcher: DispatcherConfig = DispatcherConfig()
+    annotator: AnnotatorConfig = AnnotatorConfig()
+    registry: ReplicaConfig = ReplicaConfig()
+    denoisers: tuple[DenoiserConfig, ...] = (DenoiserConfig(),)
+    safety: SafetyConfig = SafetyConfig()
+    compat: CompatConfig = CompatConfig()
+    webhooks: WebhookConfig = WebhookConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.denoisers:
+            raise ValueError("denoisers: at least one is needed")
+        names = [denoiser.name for denoiser in self.denoisers]
+        if len(set(names)) != len(names):
+            raise ValueError(f"denoisers: names must differ, got {', '.join(names)}")
+        if sum(not denoiser.families for denoiser in self.denoisers) > 1:
+            raise ValueError("denoisers: only one may leave families empty")
+        if self.nodes == "many":
+            if self.database_url.startswith("sqlite"):
+                raise ValueError("database.url: more than one node needs PostgreSQL, SQLite is one file on one machine")
+            if not self.storage.shared:
+                raise ValueError("storage.shared: more than one node needs a store that all of them see")
+        return self
+
+    @property
+    def data_folder(self) -> Path:
+        return self.data.expanduser().absolute()
+
+    @property
+    def database_url(self) -> str:
+        """SQLAlchemy URL without its password."""
+        return self.database.url or f"sqlite:///{self.data_folder / 'jobs.sqlite3'}"
+
+    @property
+    def storage_url(self) -> str:
+        return self.storage.url or (self.data_folder / "objects").as_uri()
+
+    @property
+    def published_models(self) -> Path:
+        return (self.models_folder or self.data_folder / "models").expanduser().absolute()
+
+    @property
+    def public_url(self) -> str:
+        return self.server.public_url.rstrip("/")
+
+
+def secret(name: str | None) -> str | None:
+    """The value of a ``*_env`` reference, read where it is used and never kept in a configuration.
+
+    Raises:
+        ConfigError: the variable is named but not set.
+    """
+    if name is None:
+        return None
+    value = os.environ.get(name)
+    if not value:
+        raise ConfigError(f"the environment variable {name} is named in the configuration but not set")
+    return value
+
+
+def set_environment(values: Mapping[str, str]) -> None:
+    """Set process environment defaults (thread counts, library switches); what is already set wins."""
+    for name, value in values.items():
+        os.environ.setdefault(name, value)
+
+
+def load_config(path: Path | None = None) -> AppConfig:
+    """Read a YAML file (an AppConfig tree, or a Serve config file whose application args hold one).
+
+    Raises:
+        ConfigError: the file cannot be read, or has unknown or invalid keys; the message lists all of them.
+    """
+    if path is None:
+        return AppConfig()
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a mapping at the top")
+    if "applications" in tree:
+        tree = tree["applications"][0].get("args", {})
+    try:
+        return AppConfig.model_validate(tree)
+    except ValidationError as error:
+        lines = [f"{'.'.join(str(part) for part in item['loc']) or '(top)'}: {item['msg']}" for item in error.errors()]
+        raise ConfigError(f"{path}: " + "; ".join(lines)) from error

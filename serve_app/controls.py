@@ -1,0 +1,94 @@
+"""CONTROL_TYPES: what a ControlNet can be guided by. Strings only: no torch, no detector import here."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from serve_app.errors import one_of
+
+
+@dataclass(frozen=True, slots=True)
+class ControlType:
+    """One row.
+
+    ``annotator`` is a name in ``serve_app.annotators.ANNOTATORS`` or None while no detector is served for it;
+    ``missing`` then says what it would take. ``nets`` names the usual ControlNet per base family, for messages.
+    """
+
+    annotator: str | None
+    nets: Mapping[str, str] = field(default_factory=dict)
+    missing: str = ""
+    needs_mask: bool = False
+
+
+_SD15 = "lllyasviel/control_"
+
+CONTROL_TYPES: Mapping[str, ControlType] = {
+    "canny": ControlType(
+        "canny",
+        {
+            "sd15": _SD15 + "v11p_sd15_canny",
+            "sd21": "thibaud/controlnet-sd21-canny-diffusers",
+            "sdxl": "xinsir/controlnet-canny-sdxl-1.0",
+        },
+    ),
+    "depth": ControlType(
+        None,
+        {
+            "sd15": _SD15 + "v11f1p_sd15_depth",
+            "sd21": "thibaud/controlnet-sd21-depth-diffusers",
+            "sdxl": "xinsir/controlnet-depth-sdxl-1.0",
+        },
+        missing="the weights depth-anything/Depth-Anything-V2-Small-hf",
+    ),
+    "hed": ControlType(None, {"sd15": _SD15 + "v11p_sd15_softedge"}, missing="the weights ControlNetHED.pth"),
+    "mlsd": ControlType(None, {"sd15": _SD15 + "v11p_sd15_mlsd"}, missing="the weights mlsd_large_512_fp32.pth"),
+    "normal": ControlType(None, {"sd15": _SD15 + "v11p_sd15_normalbae"}, missing="the weights scannet.pt"),
+    "openpose": ControlType(
+        None,
+        {
+            "sd15": _SD15 + "v11p_sd15_openpose",
+            "sd21": "thibaud/controlnet-sd21-openposev2-diffusers",
+            "sdxl": "xinsir/controlnet-openpose-sdxl-1.0",
+        },
+        missing="the weights body_pose_model.pth",
+    ),
+    "scribble": ControlType(
+        "xdog",
+        {"sd15": _SD15 + "v11p_sd15_scribble", "sdxl": "xinsir/controlnet-scribble-sdxl-1.0"},
+    ),
+    "segmentation": ControlType(
+        None, {"sd15": _SD15 + "v11p_sd15_seg"}, missing="the weights openmmlab/upernet-convnext-small"
+    ),
+    "aesthetic-controlnet": ControlType("canny", {"sd21": "krea/aesthetic-controlnet"}),
+    "inpaint": ControlType("inpaint", {"sd15": _SD15 + "v11p_sd15_inpaint"}, needs_mask=True),
+    "softedge": ControlType(None, {"sd15": _SD15 + "v11p_sd15_softedge"}, missing="the weights table5_pidinet.pth"),
+    "lineart": ControlType("lineart_standard", {"sd15": _SD15 + "v11p_sd15_lineart"}),
+    "shuffle": ControlType("shuffle", {"sd15": _SD15 + "v11e_sd15_shuffle"}),
+    "tile": ControlType("tile", {"sd15": _SD15 + "v11f1e_sd15_tile", "sdxl": "xinsir/controlnet-tile-sdxl-1.0"}),
+    "face_detector": ControlType(
+        None, {"sd15": "CrucibleAI/ControlNetMediaPipeFace"}, missing="the model file face_landmarker.task"
+    ),
+    "qrcode": ControlType("tile", {"sd15": "monster-labs/control_v1p_sd15_qrcode_monster"}),
+    "lineart_anime": ControlType(None, {"sd15": _SD15 + "v11p_sd15s2_lineart_anime"}, missing="the weights netG.pth"),
+}
+
+
+def annotatable_types() -> tuple[str, ...]:
+    """Control types whose map this version can make from a photo."""
+    return tuple(name for name, row in CONTROL_TYPES.items() if row.annotator)
+
+
+def control_type_problem(name: str, auto_hint: bool) -> str | None:
+    """Why ``name`` can't be used, as a message for the client, or None.
+
+    With ``auto_hint`` off the image already is the control map, so no annotator is needed.
+    """
+    row = CONTROL_TYPES.get(name)
+    if row is None:
+        return one_of("controlnet_type", name, tuple(CONTROL_TYPES))
+    if auto_hint and row.annotator is None:
+        return (
+            f"The annotator of {name!r} is not available: it needs {row.missing}. Send the control map itself with "
+            f"auto_hint: no, or use one of: {', '.join(annotatable_types())}."
+        )
+    return None

@@ -1,0 +1,47 @@
+"""The parts of a loaded model, as the engine uses them. Holds torch modules; knows nothing of files."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class BaseComponents:
+    """A base model: everything but ControlNets. Modules are in eval mode on ``device`` with ``dtype``."""
+
+    id: str
+    family: str
+    hash: str
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    scheduler_config: Mapping[str, Any]
+    device: torch.device
+    dtype: torch.dtype
+    size_bytes: int
+
+    @property
+    def vae_scale(self) -> int:
+        """Pixels per latent cell on each side; 8 for SD."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+
+@dataclass(frozen=True, slots=True)
+class NetComponents:
+    """One ControlNet."""
+
+    id: str
+    family: str
+    hash: str
+    net: ControlNetModel
+    size_bytes: int
+
+    @property
+    def global_pool(self) -> bool:
+        """Whether residuals are averaged over the picture (shuffle)."""
+        return bool(self.net.config.global_pool_conditions)
