@@ -5,7 +5,23 @@ the schema. Times are seconds since the epoch by the *database's* clock (``Datab
 depend on the clocks of the nodes.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import alembic.command
 import sqlalchemy as sa
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from filelock import FileLock
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.exc import ArgumentError
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from serve_app.errors import ConfigError, one_of
 
 metadata = sa.MetaData(
     naming_convention={
@@ -81,3 +97,142 @@ facts = sa.Table(
     sa.Column("name", sa.String(64), primary_key=True),  # e.g. store_id: the marker that the shared store must hold
     sa.Column("value", sa.Text, nullable=False),
 )
+
+
+_BUSY_TIMEOUT_MS = 20_000
+_MIGRATION_LOCK = 0x636E5F73657276  # any constant: the name of our advisory lock in PostgreSQL
+_POSTGRES_OPTIONS = {
+    # A server that vanished without a word must not hold a thread for the kernel's two hours.
+    "connect_timeout": 10,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 20_000,
+}
+
+
+class Database:
+    """Connections to one database. Every method blocks: callers on an event loop use a thread.
+
+    Made once per process; safe to use from many threads. ``url`` is a SQLAlchemy URL of scheme ``sqlite`` (a file)
+    or ``postgresql+psycopg``, ``password`` is put into it.
+
+    Raises:
+        ConfigError: the URL is not one of these, or the folder of the file can't be made.
+    """
+
+    def __init__(self, url: str, password: str | None = None, pool_size: int = 5) -> None:
+        parsed = _parse(url)
+        self.dialect = parsed.get_backend_name()
+        if password is not None:
+            parsed = parsed.set(password=password)
+        self._file = _sqlite_file(parsed) if self.dialect == "sqlite" else None
+        options: dict[str, Any] = {} if self._file else {"connect_args": _POSTGRES_OPTIONS}
+        # A connection that broke while it was idle is replaced before anybody gets it (pool_pre_ping).
+        self.engine = sa.create_engine(parsed, pool_size=pool_size, max_overflow=0, pool_pre_ping=True, **options)
+        self._reader = self.engine.execution_options(begin="BEGIN")
+        if self._file:
+            sa.event.listen(self.engine, "connect", _prepare_sqlite)
+            sa.event.listen(self.engine, "begin", _begin_sqlite)
+
+    @contextmanager
+    def transaction(self) -> Iterator[sa.Connection]:
+        """A write transaction: committed at the end of the block, rolled back when it raises.
+
+        SQLite takes its write lock at the start, so that a transaction that reads first can't fail half way.
+        """
+        with self.engine.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def read(self) -> Iterator[sa.Connection]:
+        """A transaction for reading only; never waits for writers."""
+        with self._reader.connect() as connection:
+            yield connection
+
+    def now_sql(self) -> sa.ColumnElement[float]:
+        """The database's clock: seconds since the epoch, at the start of the statement. Milliseconds are exact."""
+        if self.dialect == "sqlite":
+            return (sa.func.julianday("now", type_=sa.Double) - sa.literal(2440587.5)) * sa.literal(86400.0)
+        return sa.cast(sa.extract("epoch", sa.func.statement_timestamp()), sa.Double)
+
+    def migrate(self) -> None:
+        """Bring the schema to the revision of this code. Safe to call from many processes at once, and again."""
+        if self._file:
+            with FileLock(f"{self._file}.lock"):
+                # WAL is a lasting property of the file. Switching needs the file to itself and can't wait for it.
+                self._set_wal()
+                self._upgrade()
+        else:
+            self._upgrade()
+
+    def check_revision(self) -> None:
+        """Raises ConfigError when the schema is not the one this code was written for."""
+        with self.read() as connection:
+            found = MigrationContext.configure(connection).get_current_heads()
+        wanted = ScriptDirectory.from_config(_alembic_config()).get_heads()
+        if set(found) != set(wanted):
+            raise ConfigError(
+                f"the database is at schema revision {', '.join(found) or 'none'}, this version needs "
+                f"{', '.join(wanted)}; run the migrate command of the newer version"
+            )
+
+    def close(self) -> None:
+        """Close the pooled connections."""
+        self.engine.dispose()
+
+    def _upgrade(self) -> None:
+        with self.transaction() as connection:
+            if self.dialect == "postgresql":
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
+            config = _alembic_config()
+            config.attributes["connection"] = connection
+            alembic.command.upgrade(config, "head")
+
+    def _set_wal(self) -> None:
+        connection = self.engine.raw_connection()
+        try:
+            connection.cursor().execute("PRAGMA journal_mode=WAL").close()
+        finally:
+            connection.close()
+
+
+def _parse(url: str) -> sa.URL:
+    try:
+        parsed = sa.make_url(url)
+    except ArgumentError as error:
+        raise ConfigError("database.url is not an SQLAlchemy URL") from error
+    known = ("sqlite", "postgresql+psycopg")
+    if parsed.drivername not in known:
+        raise ConfigError(one_of("database scheme", parsed.drivername, known))
+    return parsed
+
+
+def _sqlite_file(url: sa.URL) -> Path:
+    if not url.database or url.database == ":memory:":
+        raise ConfigError("database.url: SQLite needs a file, threads do not share a database in memory")
+    path = Path(url.database).absolute()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"database.url: {error}") from error
+    return path
+
+
+def _prepare_sqlite(connection: DBAPIConnection, _entry: ConnectionPoolEntry) -> None:
+    connection.isolation_level = None  # the driver starts no transactions of its own; _begin_sqlite does
+    cursor = connection.cursor()
+    for pragma in (f"busy_timeout={_BUSY_TIMEOUT_MS}", "synchronous=FULL", "foreign_keys=ON"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _begin_sqlite(connection: sa.Connection) -> None:
+    connection.exec_driver_sql(connection.get_execution_options().get("begin", "BEGIN IMMEDIATE"))
+
+
+def _alembic_config() -> Config:
+    config = Config()
+    # Alembic expands "%" in option values.
+    config.set_main_option("script_location", str(files("serve_app") / "migrations").replace("%", "%%"))
+    return config
