@@ -13,7 +13,7 @@ from typing import Annotated, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from serve_app.errors import ConfigError
+from serve_app.errors import ConfigError, UnknownModel, one_of
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0)]
@@ -167,6 +167,17 @@ class DenoiserConfig(ReplicaConfig):
     encode_workers: Count = 2
     """Threads that encode and store PNGs."""
 
+    @property
+    def max_ongoing(self) -> int:
+        """Requests one replica holds, running and waiting."""
+        return self.max_running + self.waiting_room
+
+    @property
+    def capacity(self) -> int:
+        """Requests all replicas hold at their largest number; more than that is kept in the database."""
+        scaling = self.autoscaling_config
+        return self.max_ongoing * (scaling.max_replicas if scaling else self.replicas)
+
 
 class AnnotatorConfig(ReplicaConfig):
     max_ongoing: Count = 4
@@ -246,6 +257,21 @@ class AppConfig(Section):
                 raise ValueError("storage.shared: more than one node needs a store that all of them see")
         return self
 
+    def denoiser_for(self, family: str) -> DenoiserConfig:
+        """The denoiser that serves a base family.
+
+        Raises:
+            UnknownModel: no denoiser is configured for it.
+        """
+        for denoiser in self.denoisers:
+            if family in denoiser.families:
+                return denoiser
+        for denoiser in self.denoisers:
+            if not denoiser.families:
+                return denoiser
+        served = sorted(family for denoiser in self.denoisers for family in denoiser.families)
+        raise UnknownModel(one_of("base family", family, served))
+
     @property
     def data_folder(self) -> Path:
         return self.data.expanduser().absolute()
@@ -309,3 +335,40 @@ def load_config(path: Path | None = None) -> AppConfig:
     except ValidationError as error:
         lines = [f"{'.'.join(str(part) for part in item['loc']) or '(top)'}: {item['msg']}" for item in error.errors()]
         raise ConfigError(f"{path}: " + "; ".join(lines)) from error
+
+
+class LaunchSettings(Section):
+    """What ``make serve`` reads from the environment."""
+
+    port: Port = 8000
+    key: Annotated[str, Field(min_length=16)] | None = None
+    """API key to accept; None: one is made."""
+    config: AppConfig
+
+    @model_validator(mode="after")
+    def _printable(self) -> Self:
+        if self.key is not None and not (self.key.isprintable() and self.key.strip() == self.key):
+            raise ValueError("KEY: printable characters only, no space at either end")
+        return self
+
+
+def launch_settings(environ: Mapping[str, str] = os.environ) -> LaunchSettings:
+    """Settings of a one-machine start: CONFIG (YAML file), PORT, DATA and KEY, each optional.
+
+    Raises:
+        ConfigError: one of them is invalid; the message names it and never repeats the key.
+    """
+    config = load_config(Path(environ["CONFIG"]) if environ.get("CONFIG") else None)
+    port = environ.get("PORT") or "8000"
+    if not port.isdecimal() or not 1 <= int(port) <= 65535:  # noqa: PLR2004 - the range of TCP ports
+        raise ConfigError(f"PORT: expected a number from 1 to 65535, got {port!r}")
+    update: dict[str, object] = {}
+    if environ.get("DATA"):
+        update["data"] = Path(environ["DATA"])
+    if config.server.public_url == ServerConfig().public_url:
+        update["server"] = config.server.model_copy(update={"public_url": f"http://127.0.0.1:{port}"})
+    try:
+        return LaunchSettings(port=int(port), key=environ.get("KEY") or None, config=config.model_copy(update=update))
+    except ValidationError as error:
+        problem = error.errors(include_input=False, include_url=False)[0]
+        raise ConfigError(f"KEY: {problem['msg']} (at least 16 printable characters)") from None

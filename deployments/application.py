@@ -1,0 +1,61 @@
+"""The graph on one screen: who calls whom, and what each replica may use."""
+
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
+
+from deployments.annotator import Annotator
+from deployments.denoiser import Denoiser
+from deployments.dispatcher import Dispatcher
+from deployments.gateway import Gateway
+from deployments.process import environment
+from deployments.registry import Registry
+from deployments.routing import GroupRouter
+from serve_app.config import AppConfig, ReplicaConfig
+
+HEALTH = {"health_check_period_s": 2.0, "health_check_timeout_s": 30.0}
+
+
+def build(config: AppConfig) -> Application:
+    """Bind the application. May run in a Ray task and again at every deploy, so it only binds."""
+    annotator = serve.deployment(
+        Annotator, name="Annotator", max_ongoing_requests=config.annotator.max_ongoing, **_options(config.annotator)
+    ).bind(config.annotator)
+    denoisers = {
+        own.name: serve.deployment(
+            Denoiser,
+            name=own.name,
+            max_ongoing_requests=own.max_ongoing,
+            request_router_config=RequestRouterConfig(request_router_class=GroupRouter),
+            **_options(own),
+        ).bind(config, own.name)
+        for own in config.denoisers
+    }
+    registry = serve.deployment(Registry, name="Registry", **_options(config.registry)).bind(config)
+    dispatcher = serve.deployment(
+        Dispatcher, name="Dispatcher", max_ongoing_requests=1000, **_options(config.dispatcher)
+    ).bind(config, annotator, denoisers)
+    return serve.deployment(
+        Gateway,
+        name="Gateway",
+        max_ongoing_requests=config.gateway.max_ongoing_requests,
+        **_options(config.gateway),
+    ).bind(config, dispatcher, registry, annotator, denoisers)
+
+
+def _options(replica: ReplicaConfig) -> dict[str, Any]:
+    """Options every deployment shares. Serve's default of one CPU each would not fit on a small machine."""
+    options: dict[str, Any] = {
+        "ray_actor_options": {
+            "num_cpus": replica.num_cpus,
+            "num_gpus": replica.num_gpus,
+            "runtime_env": {"env_vars": environment(replica.threads)},
+        },
+        "graceful_shutdown_timeout_s": replica.graceful_shutdown_timeout_s,
+        **HEALTH,
+    }
+    if replica.autoscaling_config is None:
+        return options | {"num_replicas": replica.replicas}
+    return options | {"autoscaling_config": replica.autoscaling_config.model_dump(exclude_none=True)}

@@ -1,0 +1,135 @@
+"""RayBackend: ``serve_app.backend.Backend`` over deployment handles, and Ray's errors translated into ours."""
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ray.exceptions import (
+    ActorDiedError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    TaskCancelledError,
+    WorkerCrashedError,
+)
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle, DeploymentResponse
+
+from serve_app import errors
+from serve_app.backend import Annotation, BackendStats
+from serve_app.config import AppConfig
+from serve_app.tasks import AnnotationTask, AttemptRef, GenerationResult, GenerationTask, ImageArray, OutputOptions
+
+logger = logging.getLogger(__name__)
+
+STATS_TIMEOUT_S = 2.0
+
+NODE_DEATH = "its node has died"
+"""Ray tells a lost node from a lost process only in this sentence of its error's text."""
+
+
+def translate(error: BaseException) -> errors.ServeError:
+    """What Ray raised, as one of our errors. Our own error, wrapped by Ray on its way, comes out as itself."""
+    if isinstance(error, RayTaskError):
+        if isinstance(error.cause, errors.ServeError):
+            return error.cause
+        if isinstance(error.cause, (RayError, RayServeException)):
+            return translate(error.cause)
+        if isinstance(error.cause, asyncio.CancelledError):
+            return errors.WorkerBusy("The replica was shut down while it held the job.")
+        logger.error("a replica raised an unexpected error", exc_info=error)
+        return errors.JobError("Internal error while the job ran.")
+    if isinstance(error, errors.ServeError):
+        return error
+    if isinstance(error, TaskCancelledError):  # includes Serve's RequestCancelledError
+        return errors.Cancelled()
+    if isinstance(error, ActorDiedError) and NODE_DEATH in str(error):
+        return errors.WorkerBusy("The node of the replica was lost.")
+    if isinstance(error, (ActorDiedError, WorkerCrashedError, OutOfMemoryError)):
+        return errors.WorkerLost(f"The replica died: {type(error).__name__}.")
+    if isinstance(error, ObjectLostError):
+        return errors.InputLost()
+    if isinstance(error, (RayActorError, NodeDiedError, RayError, RayServeException)):
+        return errors.WorkerBusy(f"No replica could take the job: {type(error).__name__}.")
+    logger.error("unexpected error from a handle call", exc_info=error)
+    return errors.JobError("Internal error while the job was sent to a replica.")
+
+
+class RayBackend:
+    """See ``serve_app.backend.Backend`` for the contract of each method."""
+
+    def __init__(
+        self, config: AppConfig, annotator: DeploymentHandle, denoisers: Mapping[str, DeploymentHandle]
+    ) -> None:
+        """``denoisers``: deployment name -> handle."""
+        self._config = config
+        self._annotator = annotator
+        self._denoisers = denoisers
+        self._running: dict[tuple[int, int], DeploymentResponse] = {}
+
+    async def annotate(self, task: AnnotationTask, image: ImageArray, mask: ImageArray | None = None) -> Annotation:
+        # The map itself stays in the object store of the annotator's node: only its reference comes back.
+        info, (reference,) = await self._await(self._annotator.annotate.remote(task, image, mask))
+        return Annotation(info, reference)
+
+    async def generate(
+        self,
+        ref: AttemptRef,
+        task: GenerationTask,
+        output: OutputOptions,
+        init_image: ImageArray | None = None,
+        mask: ImageArray | None = None,
+        maps: Sequence[Annotation] = (),
+    ) -> GenerationResult:
+        handle = self._denoisers[self._config.denoiser_for(task.family).name]
+        # References are resolved on the replica only as top-level arguments.
+        references = [annotation.handle for annotation in maps]
+        response = handle.generate.remote(ref, task, output, init_image, mask, *references)
+        key = (ref.job_id, ref.attempt)
+        self._running[key] = response
+        try:
+            result: GenerationResult = await self._await(response)
+        finally:
+            self._running.pop(key, None)
+        return result
+
+    async def cancel(self, ref: AttemptRef) -> None:
+        response = self._running.get((ref.job_id, ref.attempt))
+        if response is not None:
+            response.cancel()
+
+    async def stats(self) -> BackendStats:
+        denoisers, annotators = await asyncio.gather(
+            asyncio.gather(*(self._broadcast_stats(handle) for handle in self._denoisers.values())),
+            self._broadcast_stats(self._annotator),
+        )
+        return BackendStats(
+            denoisers=tuple(stats for group in denoisers for stats in group), annotators=tuple(annotators)
+        )
+
+    async def capacity(self) -> int:
+        return sum(denoiser.capacity for denoiser in self._config.denoisers)
+
+    @staticmethod
+    async def _await(response: DeploymentResponse) -> Any:
+        try:
+            return await response
+        except asyncio.CancelledError:
+            # The waiting task was cancelled: the replica must not go on for nobody.
+            response.cancel()
+            raise
+        except Exception as error:
+            raise translate(error) from error
+
+    @staticmethod
+    async def _broadcast_stats(handle: DeploymentHandle) -> list[Any]:
+        try:
+            response = handle.broadcast("stats")
+            answers = await response.results_async(timeout_s=STATS_TIMEOUT_S, return_exceptions=True)
+        except (TimeoutError, RayError, RayServeException):
+            return []
+        return [answer for answer in answers if not isinstance(answer, BaseException)]

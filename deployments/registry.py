@@ -1,0 +1,25 @@
+"""The model registry: publishes models to the catalogue. A lock, not the number of replicas, makes it the writer."""
+
+import asyncio
+
+from serve_app.config import AppConfig, ModelSource
+from serve_app.models.catalog import ModelEntry
+
+
+class Registry:
+    async def __init__(self, config: AppConfig) -> None:
+        from serve_app.models.publish import publish_all
+        from serve_app.resources import open_resources
+
+        self._resources = await asyncio.to_thread(open_resources, config)
+        await asyncio.to_thread(publish_all, config, self._resources.catalog)
+
+    async def publish(self, source: ModelSource) -> ModelEntry:
+        """Verify, hash and list one more model.
+
+        Raises:
+            ModelError: the folder is not a model that may be served.
+        """
+        from serve_app.models.publish import publish
+
+        return await asyncio.to_thread(publish, self._resources.catalog, source)

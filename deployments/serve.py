@@ -1,0 +1,140 @@
+"""Starts Ray and Serve on this machine with the embedded defaults: what ``make serve`` runs.
+
+Environment: PORT, DATA (folder for everything it writes), KEY (API key to accept), CONFIG (a YAML file). Stops all it
+started on SIGINT or SIGTERM.
+"""
+
+import logging
+import os
+import shlex
+import signal
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+
+from deployments.process import environment
+from serve_app.config import AppConfig, LaunchSettings, ReplicaConfig, launch_settings, set_environment
+from serve_app.errors import ConfigError
+
+MAX_RAY_FOLDER = 40
+"""Characters: Ray puts unix sockets 65 characters below its folder, and their path may have 107."""
+
+QUIET_RAY = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+    # The demo takes Serve's own proxy: HAProxy listens on fixed ports of all interfaces.
+    "RAY_SERVE_ENABLE_HA_PROXY": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+def main() -> int:
+    """Returns the exit status: 0 after a requested stop, 2 when the settings are wrong, 1 when it could not start."""
+    started = time.monotonic()
+    try:
+        settings = launch_settings()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    stop = threading.Event()
+
+    def request_stop(_signal: int, _frame: FrameType | None) -> None:
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, request_stop)
+    data = settings.config.data_folder
+    data.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="ray-") as spare:
+        folder = data / "ray" if len(str(data / "ray")) <= MAX_RAY_FOLDER else Path(spare)
+        return run(settings, folder, stop, started)
+
+
+def run(settings: LaunchSettings, ray_folder: Path, stop: threading.Event, started: float) -> int:
+    """Serve until ``stop`` is set, then end every process that was started here."""
+    token = ray_folder / "auth_token"
+    ray_folder.mkdir(parents=True, exist_ok=True)
+    set_environment(QUIET_RAY | environment(1) | ray_authentication(token))
+    # Ray reads its environment when it is imported.
+    import ray
+    from ray import serve
+
+    from serve_app import app
+
+    key = prepare(settings)
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        _temp_dir=str(ray_folder),
+    )
+    try:
+        serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": settings.port})
+        serve.run(app(with_threads(settings.config)), name="controlnet", route_prefix="/")
+        print(banner(settings, key, time.monotonic() - started), flush=True)
+        stop.wait()
+        print("stopping ...", flush=True)
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+    return 0
+
+
+def prepare(settings: LaunchSettings) -> str:
+    """Bring the database up to date and return the API key that will be accepted."""
+    from serve_app.keys import ADMIN, GENERATE
+    from serve_app.resources import open_resources
+
+    resources = open_resources(settings.config)
+    try:
+        key, _ = resources.keys.create("make serve", "default", (GENERATE, ADMIN), settings.key)
+    finally:
+        resources.database.close()
+    return key
+
+
+def ray_authentication(token_file: Path) -> dict[str, str]:
+    """Token authentication for the local Ray, with a token of its own that only this user can read."""
+    import secrets
+
+    if not token_file.exists():
+        token_file.touch(mode=0o600)
+        token_file.write_text(secrets.token_hex(32))
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_file)}
+
+
+def with_threads(config: AppConfig) -> AppConfig:
+    """Give the engine all cores but one, unless the configuration says how many threads it takes."""
+    spare = max(1, (os.cpu_count() or 2) - 1)
+    default = ReplicaConfig().threads
+    denoisers = tuple(
+        own.model_copy(update={"threads": spare}) if own.threads == default else own for own in config.denoisers
+    )
+    return config.model_copy(update={"denoisers": denoisers})
+
+
+def banner(settings: LaunchSettings, key: str, seconds: float) -> str:
+    url = settings.config.public_url
+    body = (
+        '{"key": "%s", "model_id": "demo", "controlnet_model": "canny", "prompt": "a red circle", '
+        '"init_image": "\'"$(base64 -w0 photo.jpg)"\'", "width": 512, "height": 512, "num_inference_steps": 20}' % key
+    )
+    return "\n".join(
+        (
+            f"Ready in {seconds:.0f} s.",
+            f"  address  {url}",
+            f"  API key  {key}",
+            "  try it   (any photo.jpg)",
+            f"curl -s {shlex.quote(url + '/api/v1/enterprise/controlnet')} -H 'Content-Type: application/json' -d @- <<< '{body}'",
+            "Ctrl-C stops everything.",
+        )
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
