@@ -5,7 +5,7 @@ the schema. Times are seconds since the epoch by the *database's* clock (``Datab
 depend on the clocks of the nodes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -17,6 +17,7 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from filelock import FileLock
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.pool import ConnectionPoolEntry
@@ -100,7 +101,8 @@ facts = sa.Table(
 
 
 _BUSY_TIMEOUT_MS = 20_000
-_MIGRATION_LOCK = 0x636E5F73657276  # any constant: the name of our advisory lock in PostgreSQL
+_LOCKS = 0x636E73  # any constant: the class of our advisory locks in PostgreSQL
+_MIGRATION_LOCK = 0
 _POSTGRES_OPTIONS = {
     # A server that vanished without a word must not hold a thread for the kernel's two hours.
     "connect_timeout": 10,
@@ -156,6 +158,19 @@ class Database:
             return (sa.func.julianday("now", type_=sa.Double) - sa.literal(2440587.5)) * sa.literal(86400.0)
         return sa.cast(sa.extract("epoch", sa.func.statement_timestamp()), sa.Double)
 
+    def insert_if_new(self, connection: sa.Connection, table: sa.Table, values: Mapping[str, object]) -> bool:
+        """Insert a row unless one with its primary or unique key exists; whether it was inserted.
+
+        Waits for another transaction that is inserting the same key.
+        """
+        insert = sqlite.insert(table) if self.dialect == "sqlite" else postgresql.insert(table)
+        return connection.execute(insert.values(values).on_conflict_do_nothing()).rowcount == 1
+
+    def lock(self, connection: sa.Connection, name: int) -> None:
+        """Hold the cluster-wide lock ``name`` until the transaction ends; SQLite allows one writer anyway."""
+        if self.dialect == "postgresql":
+            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCKS, name)))
+
     def migrate(self) -> None:
         """Bring the schema to the revision of this code. Safe to call from many processes at once, and again."""
         if self._file:
@@ -183,8 +198,7 @@ class Database:
 
     def _upgrade(self) -> None:
         with self.transaction() as connection:
-            if self.dialect == "postgresql":
-                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
+            self.lock(connection, _MIGRATION_LOCK)
             config = _alembic_config()
             config.attributes["connection"] = connection
             alembic.command.upgrade(config, "head")
