@@ -1,0 +1,193 @@
+"""What the engine is asked, and the state of a request while it runs."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from serve_app.engine.batching import Group
+from serve_app.engine.samplers import ModelCall, Sampler
+from serve_app.errors import FamilyMismatch, JobError, ModelLoadFailed, ServeError
+from serve_app.models.components import BaseComponents, NetComponents
+from serve_app.tasks import AttemptRef, ControlMap, GenerationTask, ImageArray, Mode
+
+_PLAIN_CHANNELS, _INPAINT_CHANNELS = 4, 9
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GenerationRequest:
+    """One task with everything it needs, ready for the engine. Two requests are never equal, whatever they ask.
+
+    Raises:
+        FamilyMismatch: a ControlNet belongs to another base family.
+        ModelLoadFailed: the base model is of a kind this engine cannot run.
+        JobError: a picture is missing or has the wrong size.
+    """
+
+    ref: AttemptRef
+    task: GenerationTask
+    base: BaseComponents
+    nets: tuple[NetComponents, ...] = ()
+    """One per control of the task, in order."""
+    init_image: ImageArray | None = None
+    mask: ImageArray | None = None
+    maps: tuple[ControlMap, ...] = ()
+    """One per control of the task, in order."""
+
+    def __post_init__(self) -> None:
+        check_families(self.base, self.nets)
+        _check_unet(self.base, self.task.mode)
+        _check_pictures(self.task, self.base.vae_scale, self.init_image, self.mask)
+        _check_maps(self.task, self.nets, self.maps)
+
+    @property
+    def guided(self) -> bool:
+        """Whether an unconditional row runs beside the conditional one."""
+        return self.task.guidance_scale > 1
+
+    @property
+    def rows(self) -> int:
+        """Rows of one picture."""
+        return 2 if self.guided else 1
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Height and width in latent cells."""
+        return self.task.height // self.base.vae_scale, self.task.width // self.base.vae_scale
+
+    @property
+    def inpaint_unet(self) -> bool:
+        """Whether the UNet takes mask and masked image as input."""
+        return bool(self.base.unet.config.in_channels == _INPAINT_CHANNELS)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Control:
+    """One ControlNet of a running request."""
+
+    net: NetComponents
+    hint: Tensor
+    """(1, c, h, w): the control map after the net's own embedding, which no step changes."""
+    scale: float
+    start: float
+    end: float
+    conditional_only: bool
+    """Leave the unconditional row alone: guess mode, and nets that average over the picture."""
+    fading: bool
+    """Weaken the shallow residuals: guess mode, but not for nets that average over the picture."""
+
+    def active(self, call: ModelCall) -> bool:
+        """Whether the net has a say at this timestep (diffusers' ``controlnet_keep``)."""
+        outside = call.index / call.of < self.start or (call.index + 1) / call.of > self.end
+        return self.scale != 0 and not outside
+
+
+@dataclass(slots=True, eq=False)
+class Picture:
+    """One picture of a running request: waits for a prediction, then for the VAE, then for its neighbours."""
+
+    sampler: Sampler
+    served: int
+    """The turn in which it was last served, or in which it joined."""
+    call: ModelCall | None = None
+    """What the sampler waits for; None once the latent is final."""
+    latent: Tensor | None = None
+    """(1, 4, h, w), the final one."""
+    pixels: ImageArray | None = None
+    """(H, W, 3) uint8."""
+
+    def begin(self) -> None:
+        """Draw the noise and ask the first question."""
+        self.call = next(self.sampler)
+
+    def advance(self, prediction: Tensor, turn: int) -> None:
+        """Answer the sampler's call with the guided prediction (1, 4, h, w)."""
+        self.served = turn
+        try:
+            self.call = self.sampler.send(prediction)
+        except StopIteration as end:
+            self.call, self.latent = None, end.value
+
+
+@dataclass(slots=True, eq=False)
+class RunningRequest:
+    """A request that holds engine state."""
+
+    request: GenerationRequest
+    text: Tensor
+    """(rows, tokens, d): the unconditional row first, where there is one."""
+    controls: tuple[Control, ...]
+    pictures: Sequence[Picture]
+    started_at: float = field(default_factory=time.monotonic)
+    forwards: int = 0
+    """UNet forwards that at least one of its pictures took part in."""
+    forward_rows: int = 0
+    """Rows of those forwards, neighbours included."""
+
+    @property
+    def group(self) -> Group:
+        base, (height, width) = self.request.base, self.request.latent_size
+        return Group(f"{base.id}@{base.hash}", height, width, int(self.text.shape[1]))
+
+    @property
+    def done(self) -> bool:
+        return all(picture.pixels is not None for picture in self.pictures)
+
+
+class Seat(NamedTuple):
+    """A picture's place in a forward."""
+
+    running: RunningRequest
+    picture: Picture
+    call: ModelCall
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ended:
+    """How a request left the engine: with every picture drawn, or with an error."""
+
+    request: GenerationRequest
+    outcome: RunningRequest | ServeError
+
+
+def check_families(base: BaseComponents, nets: Sequence[NetComponents]) -> None:
+    """Raises FamilyMismatch for the first net that was trained for another base family."""
+    for net in nets:
+        if net.family != base.family:
+            raise FamilyMismatch(
+                f"The ControlNet {net.id!r} is made for {net.family} models, {base.id!r} is a {base.family} model."
+            )
+
+
+def _check_unet(base: BaseComponents, mode: Mode) -> None:
+    channels = base.unet.config.in_channels
+    if channels not in {_PLAIN_CHANNELS, _INPAINT_CHANNELS}:
+        raise ModelLoadFailed(f"The UNet of {base.id!r} takes {channels} channels; 4 and 9 can be served.")
+    if base.unet.config.time_cond_proj_dim is not None:
+        raise ModelLoadFailed(f"The UNet of {base.id!r} wants an embedded guidance scale, which is not served.")
+    if channels == _INPAINT_CHANNELS and mode is not Mode.MASKED:
+        raise JobError(f"The model {base.id!r} is made for inpainting: it needs an init image and a mask.")
+
+
+def _check_pictures(task: GenerationTask, cell: int, image: ImageArray | None, mask: ImageArray | None) -> None:
+    if task.width % cell or task.height % cell:
+        raise JobError(f"Width and height must be multiples of {cell}, not {task.width}x{task.height}.")
+    if task.mode is not Mode.TEXT and image is None:
+        raise JobError(f"Mode {task.mode} needs an init image.")
+    if task.mode is Mode.MASKED and mask is None:
+        raise JobError(f"Mode {task.mode} needs a mask.")
+
+
+def _check_maps(task: GenerationTask, nets: Sequence[NetComponents], maps: Sequence[ControlMap]) -> None:
+    if not len(task.controls) == len(nets) == len(maps):
+        raise JobError(f"{len(task.controls)} controls came with {len(nets)} nets and {len(maps)} control maps.")
+    for control, drawn in zip(task.controls, maps, strict=True):
+        if drawn.shape != (task.height, task.width, 3):
+            raise JobError(
+                f"The control map for {control.control_type} is {drawn.shape}, not {(task.height, task.width, 3)}."
+            )
+        if drawn.dtype not in {np.dtype(np.uint8), np.dtype(np.float32)}:
+            raise JobError(f"The control map for {control.control_type} is {drawn.dtype}, not uint8 or float32.")
