@@ -11,14 +11,13 @@ from serve_app.config import AppConfig
 
 
 class Dispatcher:
-    async def __init__(
-        self, config: AppConfig, annotator: DeploymentHandle, denoisers: dict[str, DeploymentHandle]
-    ) -> None:
-        from serve_app.fetching import GuardedClient
+    def __init__(self, config: AppConfig, annotator: DeploymentHandle, denoisers: dict[str, DeploymentHandle]) -> None:
         from serve_app.jobs.dispatcher import Dispatcher as JobDispatcher
+
+        from serve_app.fetching import GuardedClient
         from serve_app.resources import open_resources
 
-        resources = await asyncio.to_thread(open_resources, config)
+        resources = open_resources(config)
         self._client = GuardedClient(config.fetch)
         self._dispatcher = JobDispatcher(
             config,

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 @serve.ingress()
 class Gateway:
-    async def __init__(
+    def __init__(
         self,
         config: AppConfig,
         dispatcher: DeploymentHandle,
@@ -31,15 +31,16 @@ class Gateway:
 
         # The registry is no one's callee yet; binding it here makes it part of the application.
         del registry
-        self._resources = await asyncio.to_thread(open_resources, config)
+        self._resources = open_resources(config)
         self._dispatcher = dispatcher
         self._backend = RayBackend(config, annotator, denoisers)
         self._nudges: set[asyncio.Task[None]] = set()
 
     def __serve_build_asgi_app__(self) -> "FastAPI":
         from serve_app.api.application import build_application
-        from serve_app.api.services import Services
         from serve_app.jobs.lifecycle import JobWaiter
+
+        from serve_app.api.services import Services
 
         resources = self._resources
         return build_application(
@@ -64,5 +65,5 @@ class Gateway:
     async def _send_nudge(self) -> None:
         try:
             await self._dispatcher.broadcast("nudge").results_async(timeout_s=2, return_exceptions=True)
-        except Exception:  # noqa: BLE001 - whatever went wrong, the dispatcher's own poll finds the job
+        except Exception:  # whatever went wrong, the dispatcher's own poll finds the job
             logger.info("%s could not nudge the dispatchers", replica_name(), exc_info=True)

@@ -7,10 +7,8 @@ from typing import Any
 
 from ray.exceptions import (
     ActorDiedError,
-    NodeDiedError,
     ObjectLostError,
     OutOfMemoryError,
-    RayActorError,
     RayError,
     RayTaskError,
     TaskCancelledError,
@@ -31,32 +29,36 @@ STATS_TIMEOUT_S = 2.0
 NODE_DEATH = "its node has died"
 """Ray tells a lost node from a lost process only in this sentence of its error's text."""
 
+MEANINGS: tuple[tuple[tuple[type[BaseException], ...], type[errors.ServeError]], ...] = (
+    ((TaskCancelledError,), errors.Cancelled),  # Serve's RequestCancelledError is one
+    ((ActorDiedError, WorkerCrashedError, OutOfMemoryError), errors.WorkerLost),
+    ((ObjectLostError,), errors.InputLost),
+    # Unavailable, draining, back pressure, a lost node, a replica that was shut down: nobody's fault.
+    ((RayError, RayServeException, asyncio.CancelledError), errors.WorkerBusy),
+)
+"""The first row that fits decides."""
+
+KNOWN = (errors.ServeError, RayError, RayServeException, asyncio.CancelledError)
+
 
 def translate(error: BaseException) -> errors.ServeError:
     """What Ray raised, as one of our errors. Our own error, wrapped by Ray on its way, comes out as itself."""
     if isinstance(error, RayTaskError):
-        if isinstance(error.cause, errors.ServeError):
-            return error.cause
-        if isinstance(error.cause, (RayError, RayServeException)):
-            return translate(error.cause)
-        if isinstance(error.cause, asyncio.CancelledError):
-            return errors.WorkerBusy("The replica was shut down while it held the job.")
-        logger.error("a replica raised an unexpected error", exc_info=error)
-        return errors.JobError("Internal error while the job ran.")
+        # Something the replica raised. Ray's own errors in there (a lost argument) mean the same as outside.
+        return translate(error.cause) if isinstance(error.cause, KNOWN) else _unexpected(error)
     if isinstance(error, errors.ServeError):
         return error
-    if isinstance(error, TaskCancelledError):  # includes Serve's RequestCancelledError
-        return errors.Cancelled()
     if isinstance(error, ActorDiedError) and NODE_DEATH in str(error):
         return errors.WorkerBusy("The node of the replica was lost.")
-    if isinstance(error, (ActorDiedError, WorkerCrashedError, OutOfMemoryError)):
-        return errors.WorkerLost(f"The replica died: {type(error).__name__}.")
-    if isinstance(error, ObjectLostError):
-        return errors.InputLost()
-    if isinstance(error, (RayActorError, NodeDiedError, RayError, RayServeException)):
-        return errors.WorkerBusy(f"No replica could take the job: {type(error).__name__}.")
-    logger.error("unexpected error from a handle call", exc_info=error)
-    return errors.JobError("Internal error while the job was sent to a replica.")
+    for kinds, meaning in MEANINGS:
+        if isinstance(error, kinds):
+            return meaning(f"{meaning.__doc__} ({type(error).__name__})")
+    return _unexpected(error)
+
+
+def _unexpected(error: BaseException) -> errors.JobError:
+    logger.error("a handle call ended in an unexpected error", exc_info=error)
+    return errors.JobError("Internal error while the job ran.")
 
 
 class RayBackend:

@@ -2,17 +2,19 @@
 
 import asyncio
 
-from serve_app.config import AppConfig, ModelSource
 from serve_app.models.catalog import ModelEntry
+
+from serve_app.config import AppConfig, ModelSource
 
 
 class Registry:
-    async def __init__(self, config: AppConfig) -> None:
+    def __init__(self, config: AppConfig) -> None:
         from serve_app.models.publish import publish_all
+
         from serve_app.resources import open_resources
 
-        self._resources = await asyncio.to_thread(open_resources, config)
-        await asyncio.to_thread(publish_all, config, self._resources.catalog)
+        self._resources = open_resources(config)
+        publish_all(config, self._resources.catalog)
 
     async def publish(self, source: ModelSource) -> ModelEntry:
         """Verify, hash and list one more model.

@@ -69,7 +69,7 @@ class Placements:
     def forget_all_but(self, replicas: Iterable[str]) -> None:
         alive = set(replicas)
         for homes in self._replicas.values():
-            homes &= alive
+            homes.intersection_update(alive)
 
 
 def group_of(args: Sequence[object]) -> Group | None:

@@ -4,6 +4,7 @@ Environment: PORT, DATA (folder for everything it writes), KEY (API key to accep
 started on SIGINT or SIGTERM.
 """
 
+import json
 import logging
 import os
 import shlex
@@ -119,21 +120,41 @@ def with_threads(config: AppConfig) -> AppConfig:
 
 
 def banner(settings: LaunchSettings, key: str, seconds: float) -> str:
+    """What a newcomer needs: address, key, and a curl that works as it stands."""
     url = settings.config.public_url
-    body = (
-        '{"key": "%s", "model_id": "demo", "controlnet_model": "canny", "prompt": "a red circle", '
-        '"init_image": "\'"$(base64 -w0 photo.jpg)"\'", "width": 512, "height": 512, "num_inference_steps": 20}' % key
+    body = json.dumps(
+        {
+            "key": key,
+            "model_id": "demo",
+            "controlnet_model": "canny",
+            "prompt": "a red circle on a blue ground",
+            "init_image": sample_image(),
+            "width": 512,
+            "height": 512,
+            "num_inference_steps": 20,
+        }
     )
-    return "\n".join(
-        (
-            f"Ready in {seconds:.0f} s.",
-            f"  address  {url}",
-            f"  API key  {key}",
-            "  try it   (any photo.jpg)",
-            f"curl -s {shlex.quote(url + '/api/v1/enterprise/controlnet')} -H 'Content-Type: application/json' -d @- <<< '{body}'",
-            "Ctrl-C stops everything.",
-        )
-    )
+    endpoint = shlex.quote(f"{url}/api/v1/enterprise/controlnet")
+    return f"""Ready in {seconds:.0f} s.
+  address  {url}
+  API key  {key}
+Try it: the answer's "output" is the picture's address.
+  curl -s {endpoint} -H 'Content-Type: application/json' -d {shlex.quote(body)}
+Ctrl-C stops everything."""
+
+
+def sample_image() -> str:
+    """A small drawing as a data URI, so that the printed curl needs no file."""
+    from base64 import b64encode
+    from io import BytesIO
+
+    from PIL import Image, ImageDraw
+
+    picture = Image.new("1", (64, 64), 1)
+    ImageDraw.Draw(picture).ellipse((14, 14, 50, 50), fill=0)
+    buffer = BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + b64encode(buffer.getvalue()).decode()
 
 
 if __name__ == "__main__":

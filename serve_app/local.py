@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from serve_app.annotators import annotate
 from serve_app.api.application import build_application
 from serve_app.api.services import Services
-from serve_app.backend import AnnotatorStats, Annotation, Backend, BackendStats
+from serve_app.backend import Annotation, AnnotatorStats, Backend, BackendStats
 from serve_app.config import AppConfig, DenoiserConfig
 from serve_app.engine.generator import ImageGenerator
 from serve_app.fetching import GuardedClient
@@ -114,7 +114,9 @@ async def local_server(
     """
     resources = await asyncio.to_thread(open_resources, config)
     await asyncio.to_thread(publish_all, config, resources.catalog)
-    own = LocalBackend(config, resources.catalog, resources.objects, meter or PrometheusMeter()) if not backend else None
+    own = (
+        LocalBackend(config, resources.catalog, resources.objects, meter or PrometheusMeter()) if not backend else None
+    )
     used: Backend = backend or own  # type: ignore[assignment]  # one of the two is there
     client = GuardedClient(config.fetch)
     dispatcher = Dispatcher(

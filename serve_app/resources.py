@@ -8,7 +8,7 @@ from serve_app.jobs.store import JobStore
 from serve_app.keys import KeyStore
 from serve_app.models.catalog import Catalog
 from serve_app.storage import ObjectStore, open_store
-from serve_app.storage.local import check_shared
+from serve_app.storage.shared import check_shared
 
 
 @dataclass(frozen=True, slots=True)

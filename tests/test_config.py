@@ -32,7 +32,7 @@ def test_files_that_are_no_configuration(tmp_path: Path, text: str) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="absent.yaml"):
+    with pytest.raises(ConfigError, match=r"absent\.yaml"):
         load_config(tmp_path / "absent.yaml")
 
 
@@ -80,7 +80,12 @@ def test_launch_settings_from_the_environment(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("environ", "named"),
-    [({"PORT": "0"}, "PORT"), ({"PORT": "x"}, "PORT"), ({"KEY": "short"}, "KEY"), ({"KEY": "with\nnewline-0123456"}, "KEY")],
+    [
+        ({"PORT": "0"}, "PORT"),
+        ({"PORT": "x"}, "PORT"),
+        ({"KEY": "short"}, "KEY"),
+        ({"KEY": "with\nnewline-0123456"}, "KEY"),
+    ],
 )
 def test_wrong_launch_settings_are_named_and_not_repeated(environ: dict[str, str], named: str) -> None:
     with pytest.raises(ConfigError, match=named) as caught:

@@ -1,6 +1,7 @@
 """The routing policy on its own, without Ray: what 24 requests do on several replicas."""
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -56,7 +57,7 @@ def test_rank_keeps_every_candidate_and_never_prefers_a_far_longer_queue(candida
     ranked = rank(candidates)
     assert sorted(ranked) == sorted(candidate.id for candidate in candidates)
     loads = {candidate.id: candidate.load for candidate in candidates}
-    for better, worse in zip(ranked, ranked[1:], strict=False):
+    for better, worse in pairwise(ranked):
         assert loads[better] <= loads[worse] + COLD_COST
 
 
