@@ -1,0 +1,58 @@
+"""SQL expressions on the jobs table that have a meaning of their own."""
+
+from collections.abc import Mapping
+
+import sqlalchemy as sa
+
+from serve_app.database import jobs
+from serve_app.jobs.job import JobStatus
+
+ENDED = tuple(status for status in JobStatus if status.ended)
+
+_RECENT_JOBS = 20
+
+
+def held_by(attempts: Mapping[int, int]) -> sa.ColumnElement[bool]:
+    """Jobs that these attempts (job id -> attempt) still hold: the fence before every write."""
+    pairs = sa.tuple_(jobs.c.id, jobs.c.attempt).in_(list(attempts.items()))
+    return sa.and_(jobs.c.id.in_(attempts), pairs, jobs.c.status == JobStatus.PROCESSING)
+
+
+def mean_run_s() -> sa.ScalarSelect[float | None]:
+    """Mean seconds that recent successful jobs ran; NULL before the first."""
+    recent = (
+        sa.select((jobs.c.finished_at - jobs.c.started_at).label("run_s"))
+        .where(jobs.c.status == JobStatus.SUCCESS)
+        .order_by(jobs.c.not_before.desc(), jobs.c.created_at.desc())  # as the index on status is sorted
+        .limit(_RECENT_JOBS)
+        .subquery("recent")
+    )
+    return sa.select(sa.func.avg(recent.c.run_s, type_=sa.Double)).scalar_subquery()
+
+
+def waiting_line(*conditions: sa.ColumnElement[bool]) -> sa.Subquery:
+    """Queued jobs that meet ``conditions``: ``id``, and ``place``, from 1 for the next job to run.
+
+    Turns between tenants are fair: a tenant's n-th waiting job has turn n plus the number of jobs the tenant has
+    running already. Lower turns go first, the older job within a turn: a tenant alone gets everything, two share
+    evenly, and a long queue of one delays nobody else.
+    """
+    running = (
+        sa.select(jobs.c.tenant, sa.func.count().label("count"))
+        .where(jobs.c.status == JobStatus.PROCESSING)
+        .group_by(jobs.c.tenant)
+        .subquery("running")
+    )
+    own_place = sa.func.row_number().over(partition_by=jobs.c.tenant, order_by=[jobs.c.created_at, jobs.c.id])
+    turns = (
+        sa.select(
+            jobs.c.id,
+            jobs.c.created_at,
+            (own_place + sa.func.coalesce(running.c.count, 0)).label("turn"),
+        )
+        .outerjoin(running, running.c.tenant == jobs.c.tenant)
+        .where(jobs.c.status == JobStatus.QUEUED, *conditions)
+        .subquery("turns")
+    )
+    place = sa.func.row_number().over(order_by=[turns.c.turn, turns.c.created_at, turns.c.id])
+    return sa.select(turns.c.id, place.label("place")).subquery("line")
