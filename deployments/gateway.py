@@ -38,9 +38,8 @@ class Gateway:
 
     def __serve_build_asgi_app__(self) -> "FastAPI":
         from serve_app.api.application import build_application
-        from serve_app.jobs.lifecycle import JobWaiter
-
         from serve_app.api.services import Services
+        from serve_app.jobs.lifecycle import JobWaiter
 
         resources = self._resources
         return build_application(
