@@ -1,0 +1,294 @@
+"""The story of one job: accepted (``submit``), awaited (``JobWaiter``), tried (``run_attempt``).
+
+What a job needs is fixed and stored before it is accepted, or at its first attempt, so that every later attempt draws
+the same pictures.
+"""
+
+import asyncio
+import errno
+import hashlib
+import logging
+import time
+from collections.abc import Coroutine, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from serve_app.backend import Annotation, Backend
+from serve_app.config import ImageLimits
+from serve_app.controls import CONTROL_TYPES
+from serve_app.errors import FetchFailed, ImageRejected, JobError, NotFound, RetryableError, WorkerBusy
+from serve_app.images import decode_image, decode_mask
+from serve_app.jobs.job import InputRef, Job, JobResult, JobSpec
+from serve_app.jobs.store import JobStore
+from serve_app.keys import Principal
+from serve_app.storage import ObjectStore
+from serve_app.tasks import AnnotationTask, AttemptRef, ControlInput, ImageArray, Mode
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_BYTES = "application/octet-stream"
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+class Fetcher(Protocol):
+    """The fetching side of ``serve_app.fetching.GuardedClient``."""
+
+    async def get(self, url: str, max_bytes: int) -> bytes:
+        """Raises FetchFailed."""
+        ...
+
+
+def input_key(data: bytes) -> str:
+    """Object store key of an input picture: named by its content, so that a repetition takes no space."""
+    return f"inputs/{hashlib.sha256(data).hexdigest()}"
+
+
+async def submit(
+    store: JobStore, objects: ObjectStore, principal: Principal, spec: JobSpec, inline: Mapping[str, bytes]
+) -> Job:
+    """Accept a job. ``inline`` holds the pictures that came with the request, by input field.
+
+    A caller that is cancelled meanwhile changes nothing: the job is accepted whole or not at all.
+
+    Raises:
+        QueueFull: a queue limit is met.
+        WorkerBusy: the pictures cannot be stored, e.g. because the disk is full.
+    """
+    return await asyncio.to_thread(_accept, store, objects, principal, spec, inline)
+
+
+def _accept(
+    store: JobStore, objects: ObjectStore, principal: Principal, spec: JobSpec, inline: Mapping[str, bytes]
+) -> Job:
+    store.check_limits(principal.tenant)
+    data = {input_key(item): item for item in inline.values()}
+    stored = tuple(InputRef(field=field, key=input_key(item)) for field, item in inline.items())
+    others = tuple(ref for ref in spec.inputs if ref.field not in inline)
+    accepted = spec.model_copy(update={"inputs": others + stored})
+
+    def confirm() -> None:
+        # Another job with the same picture may have ended, and deleted it, since it was stored above.
+        for key, item in data.items():
+            if objects.info(key) is None:
+                objects.put(key, item, _BYTES)
+
+    try:
+        for key, item in data.items():
+            objects.put(key, item, _BYTES)
+        return store.submit(principal, accepted, confirm if data else None)
+    except BaseException as error:
+        if data:
+            _forget(store, objects, tuple(data))
+        if isinstance(error, OSError):
+            raise WorkerBusy(f"The server cannot store the request right now: {error.strerror or error}.") from error
+        raise
+
+
+def _forget(store: JobStore, objects: ObjectStore, keys: tuple[str, ...]) -> None:
+    """Best effort: the request has failed already, its own error matters more."""
+    try:
+        store.inputs.drop_unclaimed(keys, objects.delete)
+    except (OSError, SQLAlchemyError):
+        logger.warning("inputs of a refused request stay in the store: %s", ", ".join(keys), exc_info=True)
+
+
+class JobWaiter:
+    """Waits for jobs to end. One per event loop: thousands of waiters share one query per tick."""
+
+    def __init__(self, store: JobStore, tick_s: float = 0.05) -> None:
+        self._store = store
+        self._tick_s = tick_s
+        self._waiting: dict[int, set[asyncio.Future[Job]]] = {}
+        self._poller: asyncio.Task[None] | None = None
+
+    async def wait(self, job_id: int, timeout_s: float) -> Job:
+        """The job when it has ended, or as it is after ``timeout_s``.
+
+        Raises:
+            NotFound: there is no such job.
+        """
+        if timeout_s > 0:
+            future: asyncio.Future[Job] = asyncio.get_running_loop().create_future()
+            self._waiting.setdefault(job_id, set()).add(future)
+            if self._poller is None:
+                self._poller = asyncio.create_task(self._poll(), name="job-waiter")
+            try:
+                async with asyncio.timeout(timeout_s):
+                    return await future
+            except TimeoutError:
+                pass  # not ended yet: answered as it is
+            finally:
+                self._leave(job_id, future)
+        job = await asyncio.to_thread(self._store.get, job_id)
+        if job is None:
+            raise NotFound
+        return job
+
+    def _leave(self, job_id: int, future: asyncio.Future[Job]) -> None:
+        futures = self._waiting.get(job_id, set())
+        futures.discard(future)
+        if not futures:
+            self._waiting.pop(job_id, None)
+
+    async def _poll(self) -> None:
+        pause_s = self._tick_s
+        try:
+            while True:
+                await asyncio.sleep(pause_s)
+                if not self._waiting:
+                    return
+                started = time.monotonic()
+                await self._tick()
+                # However slow the database is, this poller takes no more than a third of a connection's time.
+                pause_s = max(self._tick_s, 2 * (time.monotonic() - started))
+        finally:
+            self._poller = None
+
+    async def _tick(self) -> None:
+        try:
+            ended = await asyncio.to_thread(self._store.ended, tuple(self._waiting))
+        except SQLAlchemyError:
+            logger.warning("waiting jobs could not be looked up; trying again", exc_info=True)
+            return
+        for job_id, job in ended.items():
+            for future in self._waiting.get(job_id, ()):
+                if not future.done():
+                    future.set_result(job)
+
+
+@dataclass(frozen=True, slots=True)
+class Workshop:
+    """What an attempt works with."""
+
+    store: JobStore
+    objects: ObjectStore
+    backend: Backend
+    fetcher: Fetcher
+    limits: ImageLimits
+
+
+async def run_attempt(shop: Workshop, job: Job) -> JobResult:
+    """Try a claimed job once: fetch and decode its pictures, make the control maps, draw.
+
+    Raises:
+        JobError: the job can't be done; the message is for its owner.
+        Cancelled: the backend was told to stop.
+        RetryableError: another attempt may succeed.
+    """
+    started = time.monotonic()
+    task = job.spec.task
+    needed = _needed_fields(job.spec)
+    pictures = dict(zip(needed, await _gather(_picture(shop, job, field) for field in needed), strict=True))
+    mask = pictures.get("mask_image")
+    maps = await _control_maps(shop.backend, job.spec, pictures)
+    result = await shop.backend.generate(
+        attempt_ref(job),
+        task,
+        job.spec.output,
+        pictures["init_image"] if task.mode is not Mode.TEXT else None,
+        mask if task.mode is Mode.MASKED else None,
+        maps,
+    )
+    return JobResult(
+        keys=result.keys,
+        annotators=tuple(annotation.info for annotation in maps),
+        model_hash=result.model_hash,
+        net_hashes=result.net_hashes,
+        run_s=time.monotonic() - started,
+    )
+
+
+def attempt_ref(job: Job) -> AttemptRef:
+    """The attempt that a claimed job is in."""
+    return AttemptRef(job_id=job.id, attempt=job.attempt, alone=job.suspect)
+
+
+def _needed_fields(spec: JobSpec) -> tuple[str, ...]:
+    fields = dict.fromkeys(spec.control_sources)
+    if spec.task.mode is not Mode.TEXT:
+        fields["init_image"] = None
+    if spec.task.mode is Mode.MASKED or any(CONTROL_TYPES[item.control_type].needs_mask for item in spec.task.controls):
+        fields["mask_image"] = None
+    return tuple(fields)
+
+
+async def _picture(shop: Workshop, job: Job, field: str) -> ImageArray:
+    """A decoded input; every trouble with it names the field."""
+    decode = decode_mask if field == "mask_image" else decode_image
+    try:
+        return await asyncio.to_thread(decode, await _input_bytes(shop, job, field), shop.limits)
+    except (FetchFailed, ImageRejected) as error:
+        raise type(error)(f"{error.message} ({field})") from error
+    except OSError as error:
+        if error.errno in _DISK_FULL:
+            raise JobError(f"The server has no space left to store {field}.") from error
+        raise RetryableError(f"The object store cannot be used: {error}") from error
+
+
+async def _input_bytes(shop: Workshop, job: Job, field: str) -> bytes:
+    """Stored bytes if there are any; else those behind the link, which are stored for all later attempts."""
+    kept = await asyncio.to_thread(shop.store.inputs.of, job.id)
+    if field in kept:
+        try:
+            return await asyncio.to_thread(shop.objects.get, kept[field])
+        except KeyError as error:
+            raise JobError(f"The stored picture of {field} is missing.") from error
+    link = next((ref.url for ref in job.spec.inputs if ref.field == field), None)
+    if link is None:
+        raise JobError(f"The job names no picture for {field}.")
+    data = await shop.fetcher.get(link, shop.limits.max_bytes)
+    if not await asyncio.to_thread(_keep, shop, job, field, data):
+        raise RetryableError("the job was given to another attempt")
+    return data
+
+
+def _keep(shop: Workshop, job: Job, field: str, data: bytes) -> bool:
+    key = input_key(data)
+
+    def confirm() -> None:
+        if shop.objects.info(key) is None:
+            shop.objects.put(key, data, _BYTES)
+
+    shop.objects.put(key, data, _BYTES)
+    kept = shop.store.inputs.keep(job.id, job.attempt, field, key, confirm)
+    if not kept:
+        shop.store.inputs.drop_unclaimed((key,), shop.objects.delete)
+    return kept
+
+
+async def _control_maps(backend: Backend, spec: JobSpec, pictures: Mapping[str, ImageArray]) -> tuple[Annotation, ...]:
+    """One annotation per control, in order; controls that ask for the same map share it."""
+    wanted = [
+        (control.control_type, control.auto_hint, source)
+        for control, source in zip(spec.task.controls, spec.control_sources, strict=True)
+    ]
+    distinct = dict(zip(wanted, zip(spec.task.controls, spec.control_sources, strict=True), strict=True))
+
+    def annotate(control: ControlInput, source: str) -> Coroutine[None, None, Annotation]:
+        task = AnnotationTask(
+            control_type=control.control_type,
+            width=spec.task.width,
+            height=spec.task.height,
+            seed=spec.task.seed,
+            auto_hint=control.auto_hint,
+        )
+        mask = pictures["mask_image"] if CONTROL_TYPES[control.control_type].needs_mask else None
+        return backend.annotate(task, pictures[source], mask)
+
+    made = await _gather(annotate(control, source) for control, source in distinct.values())
+    maps = dict(zip(distinct, made, strict=True))
+    return tuple(maps[key] for key in wanted)
+
+
+async def _gather(steps: Iterable[Coroutine[None, None, T]]) -> list[T]:
+    """All at once; the first error ends the others and is raised as it is."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(step) for step in steps]
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from errors
+    return [task.result() for task in tasks]
