@@ -1,0 +1,177 @@
+"""Throughput of the whole server: unlike requests one after another, then all at once, in one run.
+
+    python benchmarks/load.py --sizes 64 512 --requests 16 --repetitions 3
+
+Starts its own server on a free port with a fresh data folder, unless --url and --key name a running one. Writes
+results/load.json beside this file and prints a table. ``rows`` is the mean number of rows per UNet forward.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from workloads import unlike_requests
+
+API = "/api/v1/enterprise"
+PACKAGES = ("ray", "torch", "diffusers", "transformers", "controlnet-serve")
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One way of sending the requests, once."""
+
+    seconds: float
+    rows: float
+    """Mean rows per UNet forward."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    size: int
+    requests: int
+    steps: int
+    sequential: Sequence[Round]
+    concurrent: Sequence[Round]
+
+    @property
+    def ratio(self) -> float:
+        """Throughput all at once over throughput one after another, medians."""
+        return _median_seconds(self.sequential) / _median_seconds(self.concurrent)
+
+
+def _median_seconds(rounds: Sequence[Round]) -> float:
+    return statistics.median(one.seconds for one in rounds)
+
+
+class Server:
+    """A running server as its client sees it."""
+
+    def __init__(self, url: str, key: str) -> None:
+        self._http = httpx2.Client(base_url=url, timeout=600)
+        self._key = key
+
+    def draw(self, body: Mapping[str, object]) -> None:
+        """Send one request and wait for its picture."""
+        answer = self._post("controlnet", body)
+        while answer["status"] == "processing":
+            time.sleep(0.1)
+            answer = self._post("fetch", {"request_id": answer["id"]})
+        if answer["status"] != "success":
+            raise RuntimeError(f"the request failed: {answer}")
+
+    def counters(self) -> tuple[int, int]:
+        """UNet forwards and rows so far, over all replicas."""
+        denoisers = self._post("system_details", {})["denoisers"]
+        return sum(d["unet_forwards"] for d in denoisers), sum(d["unet_rows"] for d in denoisers)
+
+    def measure(self, bodies: Sequence[Mapping[str, object]], at_once: int) -> Round:
+        """Send all bodies, ``at_once`` at a time."""
+        forwards, rows = self.counters()
+        begin = time.perf_counter()
+        with ThreadPoolExecutor(at_once) as pool:
+            list(pool.map(self.draw, bodies))
+        seconds = time.perf_counter() - begin
+        forwards_after, rows_after = self.counters()
+        return Round(round(seconds, 3), round((rows_after - rows) / (forwards_after - forwards), 2))
+
+    def _post(self, path: str, body: Mapping[str, object]) -> dict[str, Any]:
+        answer: dict[str, Any] = self._http.post(f"{API}/{path}", json={**body, "key": self._key}).json()
+        return answer
+
+
+@contextmanager
+def own_server() -> Iterator[tuple[str, str]]:
+    """A server of this checkout; ended by SIGINT, as Ctrl-C would."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    key = "benchmark-key-0123456789"
+    with tempfile.TemporaryDirectory() as data:
+        environ = os.environ | {"PORT": str(port), "DATA": data, "KEY": key}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "deployments.serve"], env=environ, stdout=subprocess.PIPE, text=True
+        )
+        try:
+            for line in process.stdout or ():
+                if "Ctrl-C" in line:
+                    break
+            if process.poll() is not None:
+                raise RuntimeError(f"the server ended with status {process.returncode}")
+            yield f"http://127.0.0.1:{port}", key
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=60)
+
+
+def run(server: Server, arguments: argparse.Namespace) -> list[Result]:
+    results = []
+    for size in arguments.sizes:
+        bodies = unlike_requests(arguments.requests, size, arguments.steps)
+        server.measure(bodies[:2], 2)  # warm up: models, caches
+        sequential, concurrent = [], []
+        for _ in range(arguments.repetitions):
+            sequential.append(server.measure(bodies, 1))
+            concurrent.append(server.measure(bodies, len(bodies)))
+        results.append(Result(size, len(bodies), arguments.steps, sequential, concurrent))
+    return results
+
+
+def machine() -> dict[str, object]:
+    cpu = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine())
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version(), "versions": versions}
+
+
+def _cpuinfo() -> list[str]:
+    file = Path("/proc/cpuinfo")
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--url", help="a running server; default: start one")
+    parser.add_argument("--key", help="its API key")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 512])
+    parser.add_argument("--requests", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "load.json")
+    arguments = parser.parse_args()
+    if arguments.url:
+        results = run(Server(arguments.url, arguments.key), arguments)
+    else:
+        with own_server() as (url, key):
+            results = run(Server(url, key), arguments)
+    report = {
+        "machine": machine(),
+        "results": [asdict(result) | {"ratio": round(result.ratio, 2)} for result in results],
+    }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+    print("size  requests  one after another  all at once  ratio  rows (one, all)")
+    for result in results:
+        rows = result.sequential[0].rows, result.concurrent[0].rows
+        print(
+            f"{result.size:4}  {result.requests:8}  {_median_seconds(result.sequential):15.1f} s"
+            f"  {_median_seconds(result.concurrent):9.1f} s  {result.ratio:5.2f}  {rows[0]:.1f}, {rows[1]:.1f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
