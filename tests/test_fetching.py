@@ -24,16 +24,19 @@ Handler = Callable[[str, asyncio.StreamWriter], Awaitable[None]]
 LOCAL = FetchConfig(allow_hosts=("127.0.0.1",))
 MIB = 2**20
 
-LOOPBACK = """
-    127.0.0.1 127.1 127.0.0.1. 0x7f.1 0x7f000001 2130706433 017700000001 0 [::1] [::] [0:0:0:0:0:0:0:1]
-    [::ffff:127.0.0.1] [::FFFF:7f00:1] [::127.0.0.1] [64:ff9b::127.0.0.1] [2002:7f00:1::] 127。0。0。1 localhost
-    LOCALHOST localhost. a.localhost %6cocalhost 127.0.0.1%2f
-""".split()
-INSIDE = """
-    169.254.169.254 [fd00:ec2::254] [fe80::1] [fe80::1%25lo] 100.64.0.1 100.100.100.200 168.63.129.16 192.0.0.192
-    10.0.0.1 172.16.0.1 192.168.1.1 0.0.0.0 224.0.0.1 255.255.255.255 [ff02::1] [2001:0:7f00:1::]
-    [64:ff9b::a9fe:a9fe]
-""".split()
+# fmt: off
+LOOPBACK = [
+    "127.0.0.1", "127.1", "127.0.0.1.", "0x7f.1", "0x7f000001", "2130706433", "017700000001", "0", "[::1]", "[::]",
+    "[0:0:0:0:0:0:0:1]", "[::ffff:127.0.0.1]", "[::FFFF:7f00:1]", "[::127.0.0.1]", "[64:ff9b::127.0.0.1]",
+    "[2002:7f00:1::]", "127。0。0。1", "localhost", "LOCALHOST", "localhost.", "a.localhost", "%6cocalhost",
+    "127.0.0.1%2f",
+]
+INSIDE = [
+    "169.254.169.254", "[fd00:ec2::254]", "[fe80::1]", "[fe80::1%25lo]", "100.64.0.1", "100.100.100.200",
+    "168.63.129.16", "192.0.0.192", "10.0.0.1", "172.16.0.1", "192.168.1.1", "0.0.0.1", "224.0.0.1",
+    "255.255.255.255", "[ff02::1]", "[2001:0:7f00:1::]", "[64:ff9b::a9fe:a9fe]",
+]
+# fmt: on
 MALFORMED = [
     "",
     "x.png",
@@ -477,8 +480,8 @@ class TestTls:
         key, cert = folder / "key.pem", folder / "cert.pem"
         subprocess.run(
             [
-                *"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2".split(),
-                *"-subj /CN=store.example -addext subjectAltName=DNS:store.example".split(),
+                *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"),
+                *("-subj", "/CN=store.example", "-addext", "subjectAltName=DNS:store.example", "-days", "2"),
                 *("-keyout", str(key), "-out", str(cert)),
             ],
             check=True,
