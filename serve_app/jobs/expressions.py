@@ -1,7 +1,5 @@
 """SQL expressions on the jobs table that have a meaning of their own."""
 
-from collections.abc import Mapping
-
 import sqlalchemy as sa
 
 from serve_app.database import jobs
@@ -9,13 +7,16 @@ from serve_app.jobs.job import JobStatus
 
 ENDED = tuple(status for status in JobStatus if status.ended)
 
+AttemptKey = tuple[int, int]
+"""Job id and attempt number."""
+
 _RECENT_JOBS = 20
 
 
-def held_by(attempts: Mapping[int, int]) -> sa.ColumnElement[bool]:
-    """Jobs that these attempts (job id -> attempt) still hold: the fence before every write."""
-    pairs = sa.tuple_(jobs.c.id, jobs.c.attempt).in_(list(attempts.items()))
-    return sa.and_(jobs.c.id.in_(attempts), pairs, jobs.c.status == JobStatus.PROCESSING)
+def held_by(*attempts: AttemptKey) -> sa.ColumnElement[bool]:
+    """Jobs that these attempts still hold: the fence before every write."""
+    pairs = sa.tuple_(jobs.c.id, jobs.c.attempt).in_(attempts)
+    return sa.and_(jobs.c.id.in_([job_id for job_id, _ in attempts]), pairs, jobs.c.status == JobStatus.PROCESSING)
 
 
 def mean_run_s() -> sa.ScalarSelect[float | None]:

@@ -35,7 +35,7 @@ class JobInputs:
         """
         with self._database.transaction() as connection:
             self.lock(connection)
-            if connection.scalar(sa.select(jobs.c.id).where(held_by({job_id: attempt}))) is None:
+            if connection.scalar(sa.select(jobs.c.id).where(held_by((job_id, attempt)))) is None:
                 return False
             row = {"job_id": job_id, "field": field, "object_key": key}
             self._database.insert_if_new(connection, job_inputs, row)

@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from serve_app.config import LimitsConfig
 from serve_app.database import Database, jobs
 from serve_app.errors import QueueFull
-from serve_app.jobs.expressions import ENDED, held_by, mean_run_s, waiting_line
+from serve_app.jobs.expressions import ENDED, AttemptKey, held_by, mean_run_s, waiting_line
 from serve_app.jobs.inputs import JobInputs
 from serve_app.jobs.job import Job, JobResult, JobSpec, JobStatus
 from serve_app.keys import Principal
@@ -34,9 +34,9 @@ _ERROR_MAX = 2000
 class Holding:
     """What became of attempts that a dispatcher believes to hold."""
 
-    lost: frozenset[int]
-    """Jobs that ended or were given to another attempt."""
-    cancel_requested: frozenset[int]
+    lost: frozenset[AttemptKey]
+    """The job ended or was given to another attempt."""
+    cancel_requested: frozenset[AttemptKey]
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,22 +203,22 @@ class JobStore:
             claimed = {row.id: _job(row) for row in rows}
         return tuple(claimed[job_id] for job_id in chosen)
 
-    def renew(self, held: Mapping[int, int], lease_s: float) -> Holding:
-        """Prolong the leases of ``held`` (job id -> attempt)."""
+    def renew(self, held: Collection[AttemptKey], lease_s: float) -> Holding:
+        """Prolong the leases of ``held``."""
         renewed = (
             sa.update(jobs)
-            .where(held_by(held))
+            .where(held_by(*held))
             .values(lease_until=self._database.now_sql() + lease_s)
-            .returning(jobs.c.id, jobs.c.cancel_requested)
+            .returning(jobs.c.id, jobs.c.attempt, jobs.c.cancel_requested)
         )
         with self._database.transaction() as connection:
-            return _holding(held, {row.id: row.cancel_requested for row in connection.execute(renewed)})
+            return _holding(held, {(row.id, row.attempt): row.cancel_requested for row in connection.execute(renewed)})
 
-    def inspect(self, held: Mapping[int, int]) -> Holding:
+    def inspect(self, held: Collection[AttemptKey]) -> Holding:
         """What ``renew`` would say, without writing."""
         with self._database.read() as connection:
-            query = sa.select(jobs.c.id, jobs.c.cancel_requested).where(held_by(held))
-            return _holding(held, {row.id: row.cancel_requested for row in connection.execute(query)})
+            query = sa.select(jobs.c.id, jobs.c.attempt, jobs.c.cancel_requested).where(held_by(*held))
+            return _holding(held, {(row.id, row.attempt): row.cancel_requested for row in connection.execute(query)})
 
     def finish(self, job_id: int, attempt: int, result: JobResult) -> bool:
         """End a job as success. False: the attempt no longer holds the job, nothing was written."""
@@ -245,7 +245,7 @@ class JobStore:
         with self._database.transaction() as connection:
             status = connection.scalar(
                 sa.update(jobs)
-                .where(held_by({job_id: attempt}))
+                .where(held_by((job_id, attempt)))
                 .values(
                     **self._requeued(),
                     not_before=self._database.now_sql() + delay_s,
@@ -310,7 +310,7 @@ class JobStore:
     def _end(self, job_id: int, attempt: int, status: JobStatus, **values: str) -> bool:
         ended = (
             sa.update(jobs)
-            .where(held_by({job_id: attempt}))
+            .where(held_by((job_id, attempt)))
             .values(status=status, finished_at=self._database.now_sql(), dispatcher=None, lease_until=None, **values)
         )
         with self._database.transaction() as connection:
@@ -326,8 +326,8 @@ class JobStore:
         }
 
 
-def _holding(held: Collection[int], found: Mapping[int, bool]) -> Holding:
-    return Holding(frozenset(held) - found.keys(), frozenset(job_id for job_id, cancel in found.items() if cancel))
+def _holding(held: Collection[AttemptKey], found: Mapping[AttemptKey, bool]) -> Holding:
+    return Holding(frozenset(held) - found.keys(), frozenset(key for key, cancel in found.items() if cancel))
 
 
 def _job(row: sa.Row[Any]) -> Job:

@@ -1,0 +1,55 @@
+"""Outbox: tells the owners of ended jobs, in the background. A webhook never delays, fails or refuses a job."""
+
+import asyncio
+import logging
+import time
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from serve_app.config import AppConfig, secret
+from serve_app.jobs.answers import webhook_body
+from serve_app.jobs.job import Job
+from serve_app.jobs.store import JobStore
+from serve_app.metrics import Meter
+from serve_app.webhooks import DELIVERED, Poster, deliver, encode_body, headers, secret_bytes
+
+logger = logging.getLogger(__name__)
+
+
+class Outbox:
+    """Raises ConfigError when the signing secret is named but missing or malformed."""
+
+    def __init__(self, config: AppConfig, store: JobStore, poster: Poster, meter: Meter) -> None:
+        signing = secret(config.webhooks.secret_env)
+        self._key = secret_bytes(signing) if signing is not None else None
+        self._timeout_s = config.webhooks.timeout_s
+        self._public_url = config.public_url
+        self._store = store
+        self._poster = poster
+        self._meter = meter
+        self._sending: set[asyncio.Task[None]] = set()
+
+    def send(self, job: Job) -> None:
+        """Deliver the webhook of an ended job, if it has one."""
+        if job.spec.webhook is None:
+            return
+        task = asyncio.get_running_loop().create_task(self._send(job, job.spec.webhook), name=f"webhook-{job.id}")
+        self._sending.add(task)
+        task.add_done_callback(self._sending.discard)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Wait for deliveries under way; what takes longer is given up."""
+        if self._sending:
+            _, late = await asyncio.wait(self._sending, timeout=timeout_s)
+            for task in late:
+                task.cancel()
+
+    async def _send(self, job: Job, url: str) -> None:
+        body = encode_body(webhook_body(job, self._public_url))
+        fields = headers(f"msg_{job.id}", int(time.time()), body, self._key)
+        outcome = await deliver(self._poster, url, body, fields, self._timeout_s)
+        self._meter.count("webhooks", outcome=DELIVERED if outcome == DELIVERED else "failed")
+        try:
+            await asyncio.to_thread(self._store.set_webhook_status, job.id, outcome)
+        except SQLAlchemyError:
+            logger.warning("job %d: the outcome of its webhook (%s) is not recorded", job.id, outcome, exc_info=True)
