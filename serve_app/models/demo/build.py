@@ -1,0 +1,188 @@
+"""Builds tiny models of the SD shape by code and saves them in diffusers layout.
+
+``build_demo`` makes the demo model; ``build_tiny_base`` and ``build_tiny_net`` make one model of any family, smaller
+still, for tests and benchmarks. The same arguments give the same bytes.
+"""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffusers import AutoencoderKL, ControlNetModel, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from serve_app.models.demo import DEMO_CONTROL_TYPES, DEMO_ID, demo_net_id
+from serve_app.models.demo.tokenizer import MAX_TOKENS, build_tokenizer
+from serve_app.models.demo.weights import fill, lay_net_path, lay_unet_path, lay_vae_path
+
+_VERSION = "1"
+"""Goes up with every change of what is built; a folder of another version is built anew."""
+_COMPLETE = "VERSION"
+
+DEMO_CHANNELS = (32, 64, 64, 64)
+DEMO_WIDTH = 64
+"""Width of the demo's text embeddings: SD1.5 has 768."""
+
+
+def build_tiny_base(
+    folder: Path,
+    *,
+    cross_attention_dim: int = 16,
+    seed: int = 0,
+    channels: Sequence[int] = (8, 16),
+    vae_channels: Sequence[int] = (8, 8, 8, 8),
+    prediction_type: str = "epsilon",
+) -> Path:
+    """Save a base model to ``folder`` and return it.
+
+    ``channels``: of the UNet's blocks, multiples of 8, at least two; blocks but the last have cross-attention, and the
+    first has none where there are three or more (attention over 64x64 cells is most of the time on a CPU).
+    ``vae_channels``: four blocks make SD's 8 pixels per cell.
+    """
+    tokenizer = build_tokenizer()
+    pipeline = StableDiffusionPipeline(
+        vae=_vae(vae_channels, seed + 1),
+        text_encoder=_text_encoder(tokenizer, cross_attention_dim, seed + 2),
+        tokenizer=tokenizer,
+        unet=_unet(channels, cross_attention_dim, seed),
+        scheduler=PNDMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            steps_offset=1,
+            skip_prk_steps=True,
+            set_alpha_to_one=False,
+            prediction_type=prediction_type,
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def build_tiny_net(
+    folder: Path,
+    *,
+    cross_attention_dim: int = 16,
+    seed: int = 0,
+    channels: Sequence[int] = (8, 16),
+    hint_channels: Sequence[int] = (8, 8, 8, 8),
+    global_pool: bool = False,
+) -> Path:
+    """Save a ControlNet for a base of the same ``cross_attention_dim`` and ``channels``. Its output layers are filled:
+
+    a fresh ControlNet ends in zeros and would do nothing.
+    """
+    net = ControlNetModel(
+        block_out_channels=tuple(channels),
+        down_block_types=_down_types(len(channels)),
+        layers_per_block=1,
+        attention_head_dim=1,
+        norm_num_groups=channels[0] // 8,
+        cross_attention_dim=cross_attention_dim,
+        conditioning_embedding_out_channels=tuple(hint_channels),
+        global_pool_conditions=global_pool,
+    )
+    fill(net, seed)
+    lay_net_path(net)
+    net.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def build_demo(folder: Path) -> dict[str, Path]:
+    """Make the demo model under ``folder`` unless it is there in this version; catalogue id to folder, base first.
+
+    Written under a temporary name and renamed, so that ``folder`` is never half there. Callers in several processes
+    hold a lock around it.
+    """
+    if not _is_complete(folder):
+        partial = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        _write_demo(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    names = (DEMO_ID, *(demo_net_id(control_type) for control_type in DEMO_CONTROL_TYPES))
+    return {name: folder / name for name in names}
+
+
+def _is_complete(folder: Path) -> bool:
+    marker = folder / _COMPLETE
+    return marker.is_file() and marker.read_text() == _VERSION
+
+
+def _write_demo(folder: Path) -> None:
+    build_tiny_base(
+        folder / DEMO_ID,
+        cross_attention_dim=DEMO_WIDTH,
+        seed=1000,
+        channels=DEMO_CHANNELS,
+        vae_channels=(16, 16, 16, 16),
+    )
+    for index, control_type in enumerate(DEMO_CONTROL_TYPES):
+        build_tiny_net(
+            folder / demo_net_id(control_type),
+            cross_attention_dim=DEMO_WIDTH,
+            seed=2000 + index,
+            channels=DEMO_CHANNELS,
+            hint_channels=(8, 8, 16, 16),
+            global_pool=control_type == "shuffle",
+        )
+    (folder / _COMPLETE).write_text(_VERSION)
+
+
+def _down_types(blocks: int) -> tuple[str, ...]:
+    first = "CrossAttnDownBlock2D" if blocks == 2 else "DownBlock2D"  # noqa: PLR2004  - see build_tiny_base
+    return (first, *["CrossAttnDownBlock2D"] * (blocks - 2), "DownBlock2D")
+
+
+def _unet(channels: Sequence[int], cross_attention_dim: int, seed: int) -> UNet2DConditionModel:
+    down = _down_types(len(channels))
+    unet = UNet2DConditionModel(
+        sample_size=64,
+        block_out_channels=tuple(channels),
+        down_block_types=down,
+        up_block_types=tuple(name.replace("Down", "Up") for name in reversed(down)),
+        layers_per_block=1,
+        attention_head_dim=1,
+        norm_num_groups=channels[0] // 8,
+        cross_attention_dim=cross_attention_dim,
+    )
+    fill(unet, seed)
+    lay_unet_path(unet)
+    return unet
+
+
+def _vae(channels: Sequence[int], seed: int) -> AutoencoderKL:
+    vae = AutoencoderKL(
+        block_out_channels=tuple(channels),
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=channels[0] // 8,
+        sample_size=512,
+    )
+    fill(vae, seed)
+    lay_vae_path(vae)
+    return vae
+
+
+def _text_encoder(tokenizer: CLIPTokenizer, width: int, seed: int) -> CLIPTextModel:
+    encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=2 * width,
+            projection_dim=width,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=MAX_TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    fill(encoder, seed)
+    return encoder
