@@ -18,6 +18,8 @@ class ControlType:
     nets: Mapping[str, str] = field(default_factory=dict)
     missing: str = ""
     needs_mask: bool = False
+    lines: bool = False
+    """The map holds thin lines, poses or flat colours: a sent map is resized without inventing levels between them."""
 
 
 _SD15 = "lllyasviel/control_"
@@ -30,6 +32,7 @@ CONTROL_TYPES: Mapping[str, ControlType] = {
             "sd21": "thibaud/controlnet-sd21-canny-diffusers",
             "sdxl": "xinsir/controlnet-canny-sdxl-1.0",
         },
+        lines=True,
     ),
     "depth": ControlType(
         None,
@@ -41,7 +44,9 @@ CONTROL_TYPES: Mapping[str, ControlType] = {
         missing="the weights depth-anything/Depth-Anything-V2-Small-hf",
     ),
     "hed": ControlType(None, {"sd15": _SD15 + "v11p_sd15_softedge"}, missing="the weights ControlNetHED.pth"),
-    "mlsd": ControlType(None, {"sd15": _SD15 + "v11p_sd15_mlsd"}, missing="the weights mlsd_large_512_fp32.pth"),
+    "mlsd": ControlType(
+        None, {"sd15": _SD15 + "v11p_sd15_mlsd"}, missing="the weights mlsd_large_512_fp32.pth", lines=True
+    ),
     "normal": ControlType(None, {"sd15": _SD15 + "v11p_sd15_normalbae"}, missing="the weights scannet.pt"),
     "openpose": ControlType(
         None,
@@ -51,25 +56,29 @@ CONTROL_TYPES: Mapping[str, ControlType] = {
             "sdxl": "xinsir/controlnet-openpose-sdxl-1.0",
         },
         missing="the weights body_pose_model.pth",
+        lines=True,
     ),
     "scribble": ControlType(
         "xdog",
         {"sd15": _SD15 + "v11p_sd15_scribble", "sdxl": "xinsir/controlnet-scribble-sdxl-1.0"},
+        lines=True,
     ),
     "segmentation": ControlType(
-        None, {"sd15": _SD15 + "v11p_sd15_seg"}, missing="the weights openmmlab/upernet-convnext-small"
+        None, {"sd15": _SD15 + "v11p_sd15_seg"}, missing="the weights openmmlab/upernet-convnext-small", lines=True
     ),
-    "aesthetic-controlnet": ControlType("canny", {"sd21": "krea/aesthetic-controlnet"}),
+    "aesthetic-controlnet": ControlType("canny", {"sd21": "krea/aesthetic-controlnet"}, lines=True),
     "inpaint": ControlType("inpaint", {"sd15": _SD15 + "v11p_sd15_inpaint"}, needs_mask=True),
     "softedge": ControlType(None, {"sd15": _SD15 + "v11p_sd15_softedge"}, missing="the weights table5_pidinet.pth"),
-    "lineart": ControlType("lineart_standard", {"sd15": _SD15 + "v11p_sd15_lineart"}),
+    "lineart": ControlType("lineart_standard", {"sd15": _SD15 + "v11p_sd15_lineart"}, lines=True),
     "shuffle": ControlType("shuffle", {"sd15": _SD15 + "v11e_sd15_shuffle"}),
     "tile": ControlType("tile", {"sd15": _SD15 + "v11f1e_sd15_tile", "sdxl": "xinsir/controlnet-tile-sdxl-1.0"}),
     "face_detector": ControlType(
-        None, {"sd15": "CrucibleAI/ControlNetMediaPipeFace"}, missing="the model file face_landmarker.task"
+        None, {"sd15": "CrucibleAI/ControlNetMediaPipeFace"}, missing="the model file face_landmarker.task", lines=True
     ),
-    "qrcode": ControlType("tile", {"sd15": "monster-labs/control_v1p_sd15_qrcode_monster"}),
-    "lineart_anime": ControlType(None, {"sd15": _SD15 + "v11p_sd15s2_lineart_anime"}, missing="the weights netG.pth"),
+    "qrcode": ControlType("tile", {"sd15": "monster-labs/control_v1p_sd15_qrcode_monster"}, lines=True),
+    "lineart_anime": ControlType(
+        None, {"sd15": _SD15 + "v11p_sd15s2_lineart_anime"}, missing="the weights netG.pth", lines=True
+    ),
 }
 
 

@@ -1,0 +1,73 @@
+"""What an annotator gets, what it gives, and how it declares its parameters. No detector is imported here."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from serve_app.errors import JobError, one_of
+from serve_app.tasks import ControlMap, ImageArray, JsonScalar
+
+
+@dataclass(frozen=True, slots=True)
+class Param:
+    """A number that callers may choose."""
+
+    name: str
+    default: float
+    minimum: float
+    maximum: float
+    step: float
+    """How finely a slider should move; values between are accepted."""
+    help: str
+
+    def read(self, value: JsonScalar) -> float:
+        """``value``, checked.
+
+        Raises:
+            JobError: not a number, or out of range.
+        """
+        if isinstance(value, int | float) and not isinstance(value, bool) and self.minimum <= value <= self.maximum:
+            return value
+        raise JobError(
+            f"The annotator parameter {self.name} must be a number from {self.minimum:g} to {self.maximum:g}, "
+            f"got {value!r}."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What an annotator looks at. Already at the output's size: a map of the same size lines up with the output."""
+
+    image: ImageArray
+    """(H, W, 3) uint8 RGB."""
+    mask: ImageArray | None
+    """(H, W) uint8, 255 = repaint."""
+    seed: int
+    params: Mapping[str, float]
+    """Every declared parameter, defaults filled in."""
+
+
+class Annotator(Protocol):
+    def __call__(self, source: Source) -> ControlMap:
+        """The control map, (H, W, 3). Pure, and safe in several threads at once."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class AnnotatorRow:
+    """One row of ANNOTATORS: where the function is, as ``module:name``, and what callers may choose."""
+
+    target: str
+    params: tuple[Param, ...] = ()
+
+    def read(self, given: Mapping[str, JsonScalar]) -> dict[str, float]:
+        """The effective parameters.
+
+        Raises:
+            JobError: an unknown name or a bad value.
+        """
+        names = tuple(param.name for param in self.params)
+        for name in given:
+            if name not in names:
+                raise JobError(one_of("annotator parameter", name, names or ("none",)))
+        return {param.name: param.read(given.get(param.name, param.default)) for param in self.params}

@@ -1,0 +1,287 @@
+"""One conformance suite over every row of ANNOTATORS, then what each annotator promises of its own."""
+
+import io
+import math
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import cv2
+import numpy as np
+import pytest
+import skimage.data
+import skimage.transform
+from numpy.typing import NDArray
+from PIL import Image
+
+from serve_app.annotators import ANNOTATORS, annotate
+from serve_app.config import ImageLimits
+from serve_app.controls import CONTROL_TYPES, annotatable_types, control_type_problem
+from serve_app.errors import AnnotatorUnavailable, JobError
+from serve_app.images import decode_image, resize_image
+from serve_app.tasks import AnnotationTask, ControlMap, ImageArray, JsonScalar
+
+SIZES = [(512, 768), (768, 512), (64, 1024)]
+
+
+def photo(name: str = "astronaut", height: int = 333, width: int = 517) -> ImageArray:
+    picture = {"astronaut": skimage.data.astronaut, "coffee": skimage.data.coffee, "chelsea": skimage.data.chelsea}
+    pixels: ImageArray = picture[name]()
+    return resize_image(pixels, width, height)
+
+
+def hole(height: int = 90, width: int = 70) -> ImageArray:
+    mask = np.zeros((height, width), np.uint8)
+    mask[height // 3 : 2 * height // 3, width // 3 : 2 * width // 3] = 255
+    return mask
+
+
+def made(
+    control_type: str,
+    image: ImageArray,
+    size: tuple[int, int] = (128, 96),
+    mask: ImageArray | None = None,
+    seed: int = 7,
+    **params: JsonScalar,
+) -> ControlMap:
+    task = AnnotationTask(control_type=control_type, width=size[0], height=size[1], seed=seed, params=params)
+    return annotate(task, image, hole() if mask is None else mask)[0]
+
+
+def check_form(control_map: ControlMap, width: int, height: int) -> None:
+    assert control_map.shape == (height, width, 3)
+    if control_map.dtype == np.float32:
+        kept = control_map[control_map != -1]
+        assert kept.size == 0 or (kept.min() >= 0 and kept.max() <= 1)
+    else:
+        assert control_map.dtype == np.uint8
+
+
+class TestTable:
+    def test_both_tables_name_the_same_annotators(self) -> None:
+        assert {row.annotator for row in CONTROL_TYPES.values() if row.annotator} == set(ANNOTATORS)
+
+    def test_the_package_loads_no_detector(self) -> None:
+        code = (
+            "import sys, serve_app.annotators\n"
+            "heavy = {'torch', 'cv2', 'controlnet_aux', 'timm', 'mediapipe', 'serve_app.annotators.edges'}\n"
+            "print(*sorted(heavy & set(sys.modules)), end='')"
+        )
+        assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout == b""
+
+    @pytest.mark.parametrize("name", ANNOTATORS)
+    def test_parameters_are_in_their_own_ranges_and_explained(self, name: str) -> None:
+        for param in ANNOTATORS[name].params:
+            assert param.read(param.default) == param.default
+            assert param.minimum < param.maximum
+            assert 0 < param.step <= param.maximum - param.minimum
+            assert param.help
+
+
+@pytest.mark.parametrize("control_type", annotatable_types())
+class TestEveryRow:
+    @pytest.mark.parametrize(("width", "height"), [(128, 96), (64, 512), (256, 64)])
+    def test_the_map_has_the_outputs_size(self, control_type: str, width: int, height: int) -> None:
+        for image in (photo(), photo("chelsea", 64, 64), photo("coffee", 400, 3), photo("coffee", 1, 300)):
+            check_form(made(control_type, image, (width, height)), width, height)
+
+    def test_equal_input_gives_an_equal_map_and_is_left_alone(self, control_type: str) -> None:
+        image, mask = photo(), hole()
+        first = made(control_type, image, mask=mask)
+        assert np.array_equal(first, made(control_type, photo(), mask=hole()))
+        assert np.array_equal(image, photo())
+        assert np.array_equal(mask, hole())
+        assert not np.array_equal(first, made(control_type, photo("chelsea")))
+
+    def test_threads_do_not_disturb_each_other(self, control_type: str) -> None:
+        names = ["astronaut", "coffee", "chelsea"] * 4
+        alone = {name: made(control_type, photo(name), seed=len(name)) for name in set(names)}
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(lambda name: made(control_type, photo(name), seed=len(name)), names))
+        for name, control_map in zip(names, together, strict=True):
+            assert np.array_equal(control_map, alone[name])
+
+    def test_the_global_random_generator_is_not_used(self, control_type: str) -> None:
+        before = np.random.get_state(legacy=False)  # noqa: NPY002  - the state that must not move
+        made(control_type, photo())
+        after = np.random.get_state(legacy=False)  # noqa: NPY002  - same
+        assert str(before) == str(after)
+
+    @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "I;16"])
+    def test_awkward_files_annotate_like_plain_ones(self, control_type: str, mode: str) -> None:
+        grey = Image.fromarray(photo("coffee", 96, 128)).convert("L")
+        awkward = {
+            "I;16": lambda: Image.fromarray(np.asarray(grey).astype(np.uint16) * 256),
+            "P": lambda: grey.quantize(256),
+        }
+        source = awkward.get(mode, lambda: grey.convert("RGB").convert(mode))()
+        buffer = io.BytesIO()
+        source.save(buffer, "JPEG" if mode == "CMYK" else "PNG", quality=95)
+        decoded = decode_image(buffer.getvalue(), ImageLimits())
+        control_map = made(control_type, decoded)
+        check_form(control_map, 128, 96)
+        if mode in {"LA", "RGBA", "I;16", "L"}:
+            assert np.array_equal(control_map, made(control_type, np.array(grey.convert("RGB"))))
+
+    def test_a_rotated_camera_picture_annotates_upright(self, control_type: str) -> None:
+        upright = photo("coffee", 96, 128)
+        exif = Image.Exif()
+        exif[0x0112] = 6  # stored turned left by a quarter
+        buffer = io.BytesIO()
+        Image.fromarray(np.ascontiguousarray(np.rot90(upright))).save(buffer, "PNG", exif=exif.tobytes())
+        decoded = decode_image(buffer.getvalue(), ImageLimits())
+        assert np.array_equal(made(control_type, decoded), made(control_type, upright))
+
+    def test_effective_parameters_are_echoed_and_bad_ones_refused(self, control_type: str) -> None:
+        name = CONTROL_TYPES[control_type].annotator
+        assert name is not None
+        declared = ANNOTATORS[name].params
+        task = AnnotationTask(control_type=control_type, width=64, height=64)
+        _, info = annotate(task, photo(), hole())
+        assert info.annotator == name
+        assert info.control_type == control_type
+        assert dict(info.params) == {param.name: param.default for param in declared}
+        bad: list[tuple[str, JsonScalar]] = [("no_such", 1)]
+        for param in declared:
+            _, info = annotate(task.model_copy(update={"params": {param.name: param.maximum}}), photo(), hole())
+            assert info.params[param.name] == param.maximum
+            wrong: tuple[JsonScalar, ...] = (param.minimum - 1, param.maximum + 1, "1", True, None, math.nan, math.inf)
+            bad += [(param.name, value) for value in wrong]
+        for key, value in bad:
+            with pytest.raises(JobError, match=key):
+                annotate(task.model_copy(update={"params": {key: value}}), photo(), hole())
+
+
+class TestAlignment:
+    """The map lies where the output's pixels lie: an edge is at most one pixel off."""
+
+    @pytest.mark.parametrize(("width", "height"), SIZES)
+    @pytest.mark.parametrize("control_type", ["canny", "scribble", "lineart"])
+    def test_the_edges_of_a_square_stay_at_their_place(self, control_type: str, width: int, height: int) -> None:
+        source = np.full((333, 517, 3), 230, np.uint8)
+        top, bottom, left, right = 100, 233, 150, 400
+        source[top:bottom, left:right] = 20
+        control_map = made(control_type, source, (width, height))[:, :, 0]
+        rows = np.flatnonzero(control_map[:, width * 275 // 517] > 127)
+        columns = np.flatnonzero(control_map[height * 166 // 333] > 127)
+        for found, size, full, first, last in (
+            (rows, height, 333, top, bottom),
+            (columns, width, 517, left, right),
+        ):
+            assert abs(found.min() - first * size / full) <= 1
+            assert abs(found.max() + 1 - last * size / full) <= 1
+
+    @pytest.mark.parametrize("name", ["astronaut", "coffee", "chelsea"])
+    @pytest.mark.parametrize(("width", "height"), SIZES)
+    def test_a_photos_edge_map_lies_on_its_gradients(self, name: str, width: int, height: int) -> None:
+        """The best match between the map and the gradients of the photo, resized by another library, is in place."""
+        source = photo(name)
+        resized = skimage.transform.resize(source.mean(axis=2), (height, width), anti_aliasing=True)
+        gradient = np.hypot(*np.gradient(resized))
+        edges = made("canny", source, (width, height))[:, :, 0].astype(float)
+        shifts = [(dy, dx) for dy in range(-4, 5) for dx in range(-4, 5)]
+        best = max(shifts, key=lambda shift: float((np.roll(edges, shift, axis=(0, 1)) * gradient).sum()))
+        assert max(abs(best[0]), abs(best[1])) <= 1
+
+
+class TestCanny:
+    @pytest.mark.parametrize(("low", "high"), [(100, 200), (20, 60), (200, 100)])
+    def test_it_is_opencvs(self, low: int, high: int) -> None:
+        image = photo("coffee", 96, 128)
+        edges: NDArray[np.uint8] = cv2.Canny(image, min(low, high), max(low, high))
+        control_map = made("canny", image, low_threshold=low, high_threshold=high)
+        assert all(np.array_equal(control_map[:, :, channel], edges) for channel in range(3))
+
+    def test_lines_are_black_and_white(self) -> None:
+        for control_type in ("canny", "scribble"):
+            assert set(np.unique(made(control_type, photo()))) == {0, 255}
+
+
+class TestShuffle:
+    def test_the_seed_decides(self) -> None:
+        assert np.array_equal(made("shuffle", photo(), seed=1), made("shuffle", photo(), seed=1))
+        assert not np.array_equal(made("shuffle", photo(), seed=1), made("shuffle", photo(), seed=2))
+
+    def test_colours_stay_and_places_change(self) -> None:
+        halves = np.zeros((256, 256, 3), np.uint8)
+        halves[:, :128] = (255, 0, 0)
+        halves[:, 128:] = (0, 0, 255)
+        shuffled = made("shuffle", halves, (256, 256), scale=32)
+        assert shuffled[:, :, 1].max() == 0
+        assert (shuffled[:, :, 0] > 200).any()
+        assert (shuffled[:, :, 2] > 200).any()
+        assert np.abs(shuffled.astype(int) - halves).mean() > 30
+
+
+class TestInpaint:
+    def test_masked_pixels_are_minus_one_and_the_rest_is_the_picture(self) -> None:
+        image = photo("coffee", 96, 128)
+        mask = np.zeros((96, 128), np.uint8)
+        mask[10:20, 30:50] = 255
+        mask[0, 0], mask[0, 1] = 127, 128
+        control_map = made("inpaint", image, mask=mask)
+        masked = mask > 127
+        assert control_map.dtype == np.float32
+        assert (control_map[masked] == -1).all()
+        assert np.allclose(control_map[~masked], image[~masked] / 255)
+
+    def test_a_mask_of_another_size_is_brought_to_the_outputs(self) -> None:
+        mask = np.zeros((10, 10), np.uint8)
+        mask[:, 5:] = 255
+        control_map = made("inpaint", photo(), (100, 60), mask)
+        assert (control_map[:, 50:] == -1).all()
+        assert (control_map[:, :50] >= 0).all()
+
+    @pytest.mark.parametrize("auto_hint", [True, False])
+    def test_without_a_mask_it_says_so(self, auto_hint: bool) -> None:
+        task = AnnotationTask(control_type="inpaint", width=64, height=64, auto_hint=auto_hint)
+        with pytest.raises(JobError, match="mask_image"):
+            annotate(task, photo(), None)
+
+
+class TestSentMaps:
+    @pytest.mark.parametrize("control_type", [name for name, row in CONTROL_TYPES.items() if not row.needs_mask])
+    def test_with_auto_hint_off_the_picture_is_the_map(self, control_type: str) -> None:
+        sent = made("canny", photo(), (128, 96))
+        same, info = annotate(
+            AnnotationTask(control_type=control_type, width=128, height=96, auto_hint=False), sent, None
+        )
+        assert info.annotator == "none"
+        assert np.array_equal(same, sent)
+        resized, _ = annotate(
+            AnnotationTask(control_type=control_type, width=300, height=200, auto_hint=False), sent, None
+        )
+        assert resized.shape == (200, 300, 3)
+        if CONTROL_TYPES[control_type].lines:
+            assert set(np.unique(resized)) == {0, 255}
+
+    @pytest.mark.parametrize("control_type", [name for name, row in CONTROL_TYPES.items() if row.annotator is None])
+    def test_a_type_without_annotator_needs_a_sent_map(self, control_type: str) -> None:
+        with pytest.raises(AnnotatorUnavailable) as caught:
+            annotate(AnnotationTask(control_type=control_type, width=64, height=64), photo(), None)
+        assert caught.value.message == control_type_problem(control_type, auto_hint=True)
+
+    def test_an_unknown_type_is_answered_with_the_known_ones(self) -> None:
+        with pytest.raises(AnnotatorUnavailable, match="canny"):
+            annotate(AnnotationTask(control_type="cany", width=64, height=64, auto_hint=False), photo(), None)
+
+
+class TestEmpty:
+    @staticmethod
+    def is_empty(control_type: str, image: ImageArray, auto_hint: bool = True, mask: ImageArray | None = None) -> bool:
+        task = AnnotationTask(control_type=control_type, width=128, height=96, auto_hint=auto_hint)
+        return annotate(task, image, mask)[1].empty
+
+    @pytest.mark.parametrize("control_type", ["canny", "scribble", "lineart", "tile", "shuffle"])
+    def test_a_blank_photo_guides_nothing(self, control_type: str) -> None:
+        for level in (0, 128, 255):
+            assert self.is_empty(control_type, np.full((50, 60, 3), level, np.uint8))
+        assert not self.is_empty(control_type, photo())
+
+    def test_a_blank_map_guides_nothing(self) -> None:
+        assert self.is_empty("openpose", np.zeros((50, 60, 3), np.uint8), auto_hint=False)
+        assert not self.is_empty("openpose", photo(), auto_hint=False)
+
+    def test_a_mask_without_a_hole_guides_nothing(self) -> None:
+        assert self.is_empty("inpaint", photo(), mask=np.zeros((50, 60), np.uint8))
+        assert not self.is_empty("inpaint", photo(), mask=hole())
