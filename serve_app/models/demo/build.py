@@ -19,6 +19,8 @@ _VERSION = "1"
 """Goes up with every change of what is built; a folder of another version is built anew."""
 _COMPLETE = "VERSION"
 
+_EDGE_TYPES = ("canny", "scribble", "lineart")
+
 DEMO_CHANNELS = (32, 64, 64, 64)
 DEMO_WIDTH = 64
 """Width of the demo's text embeddings: SD1.5 has 768."""
@@ -70,10 +72,12 @@ def build_tiny_net(
     channels: Sequence[int] = (8, 16),
     hint_channels: Sequence[int] = (8, 8, 8, 8),
     global_pool: bool = False,
+    edges: bool = False,
 ) -> Path:
-    """Save a ControlNet for a base of the same ``cross_attention_dim`` and ``channels``. Its output layers are filled:
+    """Save a ControlNet for a base of the same ``cross_attention_dim`` and ``channels``, and return its folder.
 
-    a fresh ControlNet ends in zeros and would do nothing.
+    Unlike a fresh ControlNet, which ends in zeros, it does something. ``global_pool``: it sees only the average of
+    its hint, as shuffle nets do; ``edges``: its hints are bright lines on black.
     """
     net = ControlNetModel(
         block_out_channels=tuple(channels),
@@ -86,7 +90,7 @@ def build_tiny_net(
         global_pool_conditions=global_pool,
     )
     fill(net, seed)
-    lay_net_path(net)
+    lay_net_path(net, edges=edges)
     net.save_pretrained(folder, safe_serialization=True)
     return folder
 
@@ -128,6 +132,7 @@ def _write_demo(folder: Path) -> None:
             channels=DEMO_CHANNELS,
             hint_channels=(8, 8, 16, 16),
             global_pool=control_type == "shuffle",
+            edges=control_type in _EDGE_TYPES,
         )
     (folder / _COMPLETE).write_text(_VERSION)
 

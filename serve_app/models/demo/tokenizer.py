@@ -1,6 +1,7 @@
 """A CLIP tokenizer made by code: byte-level BPE, so that any text has tokens, with merges for common prompt words."""
 
 from collections.abc import Iterable
+from itertools import pairwise
 
 from transformers import CLIPTokenizer
 
@@ -8,18 +9,18 @@ MAX_TOKENS = 77
 """Context of CLIP, start and end token included."""
 
 _WORDS = """
-a an the of in on at with and by for from to over under near into without very no not
-photo photograph picture image painting drawing sketch portrait poster render illustration watercolor oil pencil ink
-cat dog horse bird fish tiger lion fox bear owl dragon robot astronaut knight wizard queen king girl boy man woman child
-face eyes hair hand hands people person crowd house city street castle bridge tower room kitchen door window wall
-tree forest mountain river lake sea ocean beach desert island garden flower flowers grass field sky cloud clouds sun moon
-stars space planet night day morning evening sunset sunrise winter summer autumn spring rain snow fog fire water ice
-red green blue yellow orange purple pink black white grey brown gold silver colorful dark bright soft sharp warm cold
-old new big small tall long young beautiful ugly cute realistic detailed highly ultra professional cinematic dramatic
-light lighting shadow studio natural focus style art digital concept anime fantasy modern vintage abstract minimal
-car train ship boat bicycle plane rocket chair table lamp book clock cup bottle hat dress coat glasses sword crown
-best quality low worst blurry deformed text watermark signature bad cropped extra missing masterpiece award winning
-""".split()
+a an the of in on at with and by for from to over under near into without very no not photo photograph picture image
+painting drawing sketch portrait poster render illustration watercolor oil pencil ink cat dog horse bird fish tiger
+lion fox bear owl dragon robot astronaut knight wizard queen king girl boy man woman child face eyes hair hand hands
+people person crowd house city street castle bridge tower room kitchen door window wall tree forest mountain river
+lake sea ocean beach desert island garden flower flowers grass field sky cloud clouds sun moon stars space planet
+night day morning evening sunset sunrise winter summer autumn spring rain snow fog fire water ice red green blue
+yellow orange purple pink black white grey brown gold silver colorful dark bright soft sharp warm cold old new big
+small tall long young beautiful ugly cute realistic detailed highly ultra professional cinematic dramatic light
+lighting shadow studio natural focus style art digital concept anime fantasy modern vintage abstract minimal car train
+ship boat bicycle plane rocket chair table lamp book clock cup bottle hat dress coat glasses sword crown best quality
+low worst blurry deformed text watermark signature bad cropped extra missing masterpiece award winning
+"""
 
 
 def build_tokenizer() -> CLIPTokenizer:
@@ -28,7 +29,7 @@ def build_tokenizer() -> CLIPTokenizer:
     The end token has the highest id, which is where CLIP's text model looks for the pooled state.
     """
     symbols = list(_byte_symbols())
-    merges = _merges(_WORDS)
+    merges = _merges(_WORDS.split())
     tokens = [*symbols, *(symbol + "</w>" for symbol in symbols), *(left + right for left, right in merges)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
@@ -48,7 +49,7 @@ def _merges(words: Iterable[str]) -> list[tuple[str, str]]:
     for word in words:
         parts = [*word[:-1], word[-1] + "</w>"]
         while len(parts) > 1:
-            pairs = list(zip(parts, parts[1:], strict=False))
+            pairs = list(pairwise(parts))
             pair = min(pairs, key=lambda each: ranks.get(each, len(ranks)))
             ranks.setdefault(pair, len(ranks))
             at = pairs.index(pair)

@@ -25,8 +25,14 @@ _ANCHOR = 4.0
 """The VAE's fourth pair holds this constant, so that GroupNorm divides every picture by nearly the same number."""
 _RGB_TO_LATENT = 2.0
 """Latents (after scaling) per unit of RGB in -1..1: photos then have a standard deviation near 1, as SD's do."""
-_PULL = 0.6
+_SMOOTH = 0.25
+"""Share of the blurred input that the UNet takes for picture."""
+_OPINION = 0.12
+"""Share of everything off the path in the UNet's answer: prompt, timestep and random layers."""
+_PULL = 0.4
 """How strongly a ControlNet at scale 1 draws each step towards its hint."""
+_EDGE_GAIN = 4.0
+"""An edge one pixel wide is an eighth of a cell; it is drawn this much stronger, on a background left alone."""
 
 
 def fill(module: nn.Module, seed: int) -> None:
@@ -48,17 +54,21 @@ def fill(module: nn.Module, seed: int) -> None:
 
 @torch.no_grad()
 def lay_unet_path(unet: UNet2DConditionModel) -> None:
-    """Predict noise = the input, normalised, + a little of everything else.
+    """Predict noise = the input, normalised, less a share of its blur, + a little of everything else.
 
-    This is the right answer for data without structure, so latents keep their size under every sampler. The path is
-    the first skip connection: conv_in to the last resnet, which joins [hidden, skip].
+    The input itself is the right answer for data without structure, so latents keep their size under every sampler;
+    what the blur leaves in grows into patches of colour. The path is the first skip connection: conv_in to the last
+    resnet, which joins [hidden, skip].
     """
     _split(unet.conv_in, LATENTS)
     last = unet.up_blocks[-1].resnets[-1]
     _keep_out(last.conv2)
     _pass_on(last.conv_shortcut, start=last.conv_shortcut.in_channels - unet.conv_in.out_channels)
-    unet.conv_out.weight.mul_(0.15)
+    unet.conv_out.weight.mul_(_OPINION)
     _join(unet.conv_out, LATENTS)
+    for latent in range(LATENTS):
+        unet.conv_out.weight[latent, 2 * latent] -= _SMOOTH * _BINOMIAL
+        unet.conv_out.weight[latent, 2 * latent + 1] += _SMOOTH * _BINOMIAL
 
 
 @torch.no_grad()
@@ -86,10 +96,11 @@ def lay_vae_path(vae: AutoencoderKL) -> None:
 
 
 @torch.no_grad()
-def lay_net_path(net: ControlNetModel) -> None:
+def lay_net_path(net: ControlNetModel, *, edges: bool) -> None:
     """Draw the predicted clean picture towards the hint, by the first residual, which meets the UNet's path.
 
-    Noise prediction is lowered by pull x latent(hint), so the clean picture moves towards it.
+    The noise prediction is lowered by pull x latent(hint), so the clean picture moves towards it. ``edges``: hints
+    are bright lines on black, and the black means nothing.
     """
     embedding = net.controlnet_cond_embedding
     _split(embedding.conv_in, 3)
@@ -101,15 +112,16 @@ def lay_net_path(net: ControlNetModel) -> None:
     own = slice(width - 3, width)  # channels of conv_in that hold the hint and nothing else
     net.conv_in.weight[own] = 0
     embedding.conv_out.weight[own] = 0
+    pull = _PULL * _RGB_TO_LATENT
+    gain, offset = (_EDGE_GAIN, 0.0) if edges else (2.0, 1.0)  # a picture's hint is 0..1, its colours -1..1
     for colour in range(3):
         at = width - 3 + colour
         embedding.conv_out.weight[at, 2 * colour, 1, 1] = 1.0
         embedding.conv_out.weight[at, 2 * colour + 1, 1, 1] = -1.0
-        pull = _PULL * _RGB_TO_LATENT
         for row, sign in ((2 * colour, -1.0), (2 * colour + 1, 1.0)):
             first.weight[row] = 0
-            first.weight[row, at] = 2 * sign * pull  # the hint is 0..1, pictures are -1..1
-            first.bias[row] = -sign * pull
+            first.weight[row, at] = sign * pull * gain
+            first.bias[row] = -sign * pull * offset
 
 
 def _split(conv: nn.Conv2d, values: int) -> None:
