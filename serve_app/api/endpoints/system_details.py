@@ -1,0 +1,47 @@
+"""``POST system_details``: how many models, how long the queue, which replicas."""
+
+import asyncio
+from typing import Literal
+
+from pydantic import BaseModel
+
+from serve_app.api.envelopes import Answer
+from serve_app.api.operations import Call
+from serve_app.backend import AnnotatorStats, DenoiserStats
+from serve_app.jobs.job import JobStatus
+
+
+class SystemAnswer(BaseModel):
+    status: Literal["ok"] = "ok"
+    """Not ``success``: as the hosted API answers."""
+    model_count: int
+    queue_time: float
+    """Seconds that a job submitted now is expected to wait."""
+    queued: int
+    processing: int
+    nodes: list[str]
+    gpus: int
+    """Denoiser replicas on a GPU."""
+    denoisers: list[DenoiserStats]
+    annotators: list[AnnotatorStats]
+
+
+async def system_details(call: Call) -> Answer:
+    """Describe the state of the cluster."""
+    services = call.services
+    models = await asyncio.to_thread(services.catalog.list)
+    counts = await asyncio.to_thread(services.jobs.counts)
+    mean_run_s = await asyncio.to_thread(services.jobs.mean_run_s)
+    stats = await services.backend_stats()
+    queued, processing = counts[JobStatus.QUEUED], counts[JobStatus.PROCESSING]
+    answer = SystemAnswer(
+        model_count=len(models),
+        queue_time=round((mean_run_s or 0.0) * queued / max(1, processing), 3),
+        queued=queued,
+        processing=processing,
+        nodes=sorted({replica.node for replica in (*stats.denoisers, *stats.annotators)}),
+        gpus=sum(replica.device.startswith("cuda") for replica in stats.denoisers),
+        denoisers=list(stats.denoisers),
+        annotators=list(stats.annotators),
+    )
+    return Answer(answer.model_dump(mode="json"))
