@@ -50,9 +50,8 @@ class PromptEncoder:
         )
 
     def _filled(self, base: BaseComponents, rows: Tensor, length: int, clip_skip: int | None) -> Tensor:
-        empty = self._encode(base, "", clip_skip)
-        missing = (length - rows.shape[1]) // empty.shape[1]
-        return torch.cat([rows, *[empty] * missing], dim=1)
+        missing = (length - rows.shape[1]) // base.tokenizer.model_max_length
+        return torch.cat([rows, *(self._encode(base, "", clip_skip) for _ in range(missing))], dim=1)
 
     def _encode(self, base: BaseComponents, prompt: str, clip_skip: int | None) -> Tensor:
         key = (base.id, base.hash, prompt, clip_skip)
