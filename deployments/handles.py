@@ -11,7 +11,6 @@ from ray.exceptions import (
     OutOfMemoryError,
     RayError,
     RayTaskError,
-    TaskCancelledError,
     WorkerCrashedError,
 )
 from ray.serve.exceptions import RayServeException
@@ -30,10 +29,10 @@ NODE_DEATH = "its node has died"
 """Ray tells a lost node from a lost process only in this sentence of its error's text."""
 
 MEANINGS: tuple[tuple[tuple[type[BaseException], ...], type[errors.ServeError]], ...] = (
-    ((TaskCancelledError,), errors.Cancelled),  # Serve's RequestCancelledError is one
     ((ActorDiedError, WorkerCrashedError, OutOfMemoryError), errors.WorkerLost),
     ((ObjectLostError,), errors.InputLost),
-    # Unavailable, draining, back pressure, a lost node, a replica that was shut down: nobody's fault.
+    # Unavailable, draining, back pressure, a replica that was shut down: nobody's fault. A cancelled call is one of
+    # them unless it was this backend that cancelled it.
     ((RayError, RayServeException, asyncio.CancelledError), errors.WorkerBusy),
 )
 """The first row that fits decides."""
@@ -71,7 +70,8 @@ class RayBackend:
         self._config = config
         self._annotator = annotator
         self._denoisers = denoisers
-        self._running: dict[tuple[int, int], DeploymentResponse] = {}
+        self._running: dict[AttemptRef, DeploymentResponse] = {}
+        self._cancelled: set[AttemptRef] = set()
 
     async def annotate(self, task: AnnotationTask, image: ImageArray, mask: ImageArray | None = None) -> Annotation:
         # The map itself stays in the object store of the annotator's node: only its reference comes back.
@@ -91,17 +91,22 @@ class RayBackend:
         # References are resolved on the replica only as top-level arguments.
         references = [annotation.handle for annotation in maps]
         response = handle.generate.remote(ref, task, output, init_image, mask, *references)
-        key = (ref.job_id, ref.attempt)
-        self._running[key] = response
+        self._running[ref] = response
         try:
             result: GenerationResult = await self._await(response)
+        except errors.WorkerBusy:
+            if ref in self._cancelled:
+                raise errors.Cancelled from None
+            raise
         finally:
-            self._running.pop(key, None)
+            self._running.pop(ref, None)
+            self._cancelled.discard(ref)
         return result
 
     async def cancel(self, ref: AttemptRef) -> None:
-        response = self._running.get((ref.job_id, ref.attempt))
+        response = self._running.get(ref)
         if response is not None:
+            self._cancelled.add(ref)
             response.cancel()
 
     async def stats(self) -> BackendStats:
