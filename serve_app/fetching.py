@@ -262,8 +262,7 @@ class GuardedClient:
         self._pool = httpcore2.AsyncConnectionPool(
             ssl_context=tls or httpcore2.default_ssl_context(),
             max_connections=None,  # callers bound how much they fetch at once
-            max_keepalive_connections=20,
-            keepalive_expiry=5.0,
+            max_keepalive_connections=0,  # a server may close an idle connection just as it is used again
             network_backend=_GuardedBackend(self._policy, resolve),
         )
 

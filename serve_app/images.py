@@ -13,11 +13,14 @@ import io
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from serve_app.config import ImageLimits
 from serve_app.errors import ImageRejected
-from serve_app.tasks import ImageArray
+
+Pixels = NDArray[np.uint8]
+"""RGB, (h, w, 3), or one channel, (h, w)."""
 
 Format = Literal["PNG", "JPEG", "WEBP"]
 
@@ -37,7 +40,7 @@ def sniff(data: bytes) -> Format | None:
     return None
 
 
-def decode_image(data: bytes, limits: ImageLimits) -> ImageArray:
+def decode_image(data: bytes, limits: ImageLimits) -> Pixels:
     """RGB pixels, (h, w, 3) uint8.
 
     What is transparent becomes white: drawings and cut-outs on a transparent ground are meant as ink on paper. 16 bits
@@ -49,7 +52,7 @@ def decode_image(data: bytes, limits: ImageLimits) -> ImageArray:
     return np.array(_decode(data, limits, _WHITE))  # a copy: Pillow's own memory is read-only
 
 
-def decode_mask(data: bytes, limits: ImageLimits) -> ImageArray:
+def decode_mask(data: bytes, limits: ImageLimits) -> Pixels:
     """A mask, (h, w) uint8: luminance (ITU-R 601), white = repaint.
 
     What is transparent becomes black, so that strokes on a transparent ground repaint where the strokes are.
@@ -60,7 +63,7 @@ def decode_mask(data: bytes, limits: ImageLimits) -> ImageArray:
     return np.array(_decode(data, limits, _BLACK).convert("L"))
 
 
-def encode_png(array: ImageArray) -> bytes:
+def encode_png(array: Pixels) -> bytes:
     """PNG bytes of (H, W, 3) or (H, W) uint8 pixels, without metadata: equal pixels give equal bytes.
 
     Raises:
@@ -73,12 +76,12 @@ def encode_png(array: ImageArray) -> bytes:
     return buffer.getvalue()
 
 
-def resize_image(array: ImageArray, width: int, height: int) -> ImageArray:
+def resize_image(array: Pixels, width: int, height: int) -> Pixels:
     """A photo at another size, aspect not kept: Lanczos, with the area behind a shrunken pixel taken into account."""
     return _resized(array, width, height, Image.Resampling.LANCZOS)
 
 
-def resize_map(array: ImageArray, width: int, height: int, *, lines: bool) -> ImageArray:
+def resize_map(array: Pixels, width: int, height: int, *, lines: bool) -> Pixels:
     """A control map or a mask at another size, aspect not kept.
 
     With ``lines`` (edges, poses, flat class colours, masks) each axis that grows repeats pixels and each that shrinks
@@ -192,7 +195,7 @@ def _from_16_bit_grey(image: Image.Image) -> Image.Image:
     return grey
 
 
-def _resized(array: ImageArray, width: int, height: int, resample: Image.Resampling) -> ImageArray:
+def _resized(array: Pixels, width: int, height: int, resample: Image.Resampling) -> Pixels:
     if array.shape[:2] == (height, width):
         return array
     return np.array(Image.fromarray(array).resize((width, height), resample))

@@ -9,7 +9,7 @@ import zlib
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -219,6 +219,7 @@ class TestDamage:
             with pytest.raises(ImageRejected):
                 decode_image(data[:end], LIMITS)
 
+    @settings(deadline=None)
     @given(st.sampled_from(["PNG", "JPEG", "WEBP"]), st.data())
     def test_flipped_bytes_never_raise_anything_else(self, kind: str, draw: st.DataObject) -> None:
         data = bytearray(saved(Image.fromarray(photo()), kind))
@@ -262,6 +263,7 @@ class TestBase64:
         text = encode(self.BYTES).decode()
         assert decode_base64(prefix + (text if padded else text.rstrip("=\n")), 10_000) == self.BYTES
 
+    @settings(deadline=None)
     @given(st.binary(min_size=1, max_size=100))
     def test_the_cap_is_exact(self, data: bytes) -> None:
         text = base64.b64encode(data).decode()
