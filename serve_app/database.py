@@ -164,7 +164,8 @@ class Database:
         Waits for another transaction that is inserting the same key.
         """
         insert = sqlite.insert(table) if self.dialect == "sqlite" else postgresql.insert(table)
-        return connection.execute(insert.values(values).on_conflict_do_nothing()).rowcount == 1
+        statement = insert.values(values).on_conflict_do_nothing().returning(sa.literal(1))
+        return connection.scalar(statement) is not None
 
     def lock(self, connection: sa.Connection, name: int) -> None:
         """Hold the cluster-wide lock ``name`` until the transaction ends; SQLite allows one writer anyway."""
