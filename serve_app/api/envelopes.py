@@ -6,9 +6,9 @@ else. ``Prefer: http-status`` turns on the right codes with the same bodies.
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, JsonValue
 from sqlalchemy.exc import OperationalError
@@ -165,7 +165,7 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
     return AsciiJSONResponse(body, error.status_code, headers)
 
 
-HANDLERS = {
+HANDLERS: dict[int | type[Exception], Callable[[Request, Any], Coroutine[Any, Any, Response]]] = {
     ServeError: on_serve_error,
     OperationalError: on_database_outage,
     HTTPException: on_http_exception,

@@ -135,8 +135,12 @@ async def _caller(operation: Operation, services: Services, key: str | None) -> 
 def _responses(operation: Operation) -> dict[int | str, dict[str, Any]]:
     """Under HTTP 200 also the error answer: see ``envelopes``."""
     union: Any = reduce(or_, [*operation.answers, ErrorAnswer])
-    errors = {code: {"model": ErrorAnswer, "description": text} for code, text in ERROR_CODES.items()}
-    return {200: {"model": union, "description": "The result, or an error in the body"}, **errors}
+    responses: dict[int | str, dict[str, Any]] = {
+        200: {"model": union, "description": "The result, or an error in the body"}
+    }
+    for code, description in ERROR_CODES.items():
+        responses[code] = {"model": ErrorAnswer, "description": description}
+    return responses
 
 
 def _request_body(operation: Operation) -> dict[str, Any] | None:

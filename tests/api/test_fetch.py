@@ -1,5 +1,7 @@
 """``fetch`` and jobs by name: who may see what, and the states."""
 
+from typing import Any
+
 import pytest
 from support.gateway import API, COLLEAGUE_KEY, KEY, STRANGER_KEY, Open, Server, wish
 
@@ -17,7 +19,7 @@ async def test_every_way_to_fetch(server: Server) -> None:
         await server.post("fetch", {"key": KEY, "request_id": job_id}),
         await server.post("fetch", {"key": COLLEAGUE_KEY, "request_id": str(job_id)}),
         await server.post(f"fetch/{job_id}", {"key": KEY}),
-        await server.post(f"fetch/{job_id}", None, Authorization=f"Bearer {KEY}"),
+        await server.post(f"fetch/{job_id}", {}, Authorization=f"Bearer {KEY}"),
         (await server.get(f"{API}/fetch/{job_id}")).json(),
         (await server.get(f"{API}/fetch/{job_id}", Authorization=f"Bearer {KEY}")).json(),
         (await server.get(f"/api/v6/images/fetch/{job_id}")).json(),
@@ -82,7 +84,7 @@ async def test_jobs_are_listed_page_by_page(server: Server) -> None:
     made = [await submitted(server) for _ in range(5)]
     headers = {"Authorization": f"Bearer {KEY}"}
     seen: list[int] = []
-    cursor = ""
+    cursor: Any = ""
     for _ in range(3):
         page = (await server.http.get(f"{API}/jobs", params={"limit": 2, "cursor": cursor}, headers=headers)).json()
         seen += [job["id"] for job in page["jobs"]]

@@ -54,7 +54,7 @@ def messages(body: dict[str, JsonValue]) -> dict[str, list[str]]:
     return {}
 
 
-@pytest.mark.parametrize("value", ["yes", "YES", " true ", True, "1", 1, 1.0, "on"])
+@pytest.mark.parametrize("value", ["yes", "YES", " true ", True, "1", 1, "on"])
 def test_a_flag_is_read(value: JsonValue) -> None:
     assert parse(Wish, {"flag": value})[0].flag is True
 

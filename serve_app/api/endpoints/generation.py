@@ -163,7 +163,7 @@ def find_base(wish: GenerationRequest, config: AppConfig, catalog: Catalog, prob
     entry = catalog.find(wish.model_id)
     if entry is None or entry.type is not ModelType.BASE:
         known = [model.id for model in catalog.list() if model.type is ModelType.BASE]
-        problems.add("model_id", one_of("model_id", wish.model_id, known))
+        problems.add("model_id", one_of("model_id", wish.model_id, known or ["none is published"]))
         return None
     try:
         config.denoiser_for(entry.family)

@@ -35,10 +35,9 @@ def health_routes(services: Services) -> Iterator[APIRoute]:
         """A request that comes now can be served."""
         return _report(await _problems(services))
 
-    not_ready = {503: {"model": Health, "description": "Not able to take requests"}}
-    responses = {200: {"model": Health}}
-    yield APIRoute("/livez", livez, response_model=None, responses={**responses})
-    yield APIRoute("/readyz", readyz, response_model=None, responses={**responses, **not_ready})
+    yield APIRoute("/livez", livez, response_model=None, responses={200: {"model": Health}})
+    not_ready = {"model": Health, "description": "Not able to take requests"}
+    yield APIRoute("/readyz", readyz, response_model=None, responses={200: {"model": Health}, 503: not_ready})
 
 
 def _report(problems: list[str]) -> Response:

@@ -39,7 +39,7 @@ async def system_details(call: Call) -> Answer:
         queue_time=round((mean_run_s or 0.0) * queued / max(1, processing), 3),
         queued=queued,
         processing=processing,
-        nodes=sorted({replica.node for replica in (*stats.denoisers, *stats.annotators)}),
+        nodes=sorted({one.node for one in stats.denoisers} | {one.node for one in stats.annotators}),
         gpus=sum(replica.device.startswith("cuda") for replica in stats.denoisers),
         denoisers=list(stats.denoisers),
         annotators=list(stats.annotators),
