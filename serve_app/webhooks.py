@@ -4,7 +4,6 @@ Signature scheme: https://github.com/standard-webhooks/standard-webhooks/blob/ma
 """
 
 import base64
-import binascii
 import hashlib
 import hmac
 import json
@@ -43,7 +42,7 @@ def secret_bytes(secret: str) -> bytes:
     """
     try:
         key = base64.b64decode(secret.removeprefix(_KEY_PREFIX), validate=True)
-    except binascii.Error as error:
+    except ValueError as error:
         raise ConfigError("the webhook secret must be 'whsec_' and base64") from error
     if not secret.startswith(_KEY_PREFIX) or not key:
         raise ConfigError("the webhook secret must be 'whsec_' and base64")

@@ -11,6 +11,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Self
 from urllib.parse import unquote, urlsplit
@@ -114,15 +115,16 @@ class LocalStore:
 
     def _publish(self, temporary: Path, path: Path) -> None:
         while True:
-            self._make_folder(path.parent)
             try:
+                self._make_folder(path.parent)
                 temporary.replace(path)
-                _sync_folder(path.parent)
+                break
             except FileNotFoundError:
-                if not temporary.exists() and not path.exists():
+                if not temporary.exists():
                     raise
-                continue  # the folder was empty and pruned by a delete in between
-            return
+                # The folder was empty, and a deletion pruned it in between.
+        with suppress(FileNotFoundError):  # deleted already, folder and all
+            _sync_folder(path.parent)
 
     def _make_folder(self, folder: Path) -> None:
         if not folder.is_dir():
