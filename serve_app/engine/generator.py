@@ -10,7 +10,10 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
+from typing import Protocol
+
+import torch
 
 from serve_app.backend import DenoiserStats
 from serve_app.config import DenoiserConfig
@@ -20,12 +23,29 @@ from serve_app.engine.request import GenerationRequest, check_families
 from serve_app.errors import Cancelled, RetryableError
 from serve_app.images import encode_png
 from serve_app.metrics import Meter
-from serve_app.models.cache import ComponentCache
+from serve_app.models.components import BaseComponents, NetComponents
 from serve_app.storage import ObjectStore
 from serve_app.tasks import AttemptRef, ControlMap, GenerationResult, GenerationTask, ImageArray, OutputOptions
 
 _STALE_S = 120.0
 """A step that takes longer than this will not end."""
+
+
+class ComponentSource(Protocol):
+    """Where loaded models come from: ``serve_app.models.cache.ComponentCache``. A context holds its model in memory."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    async def base(self, model_id: str, /) -> AbstractContextManager[BaseComponents]:
+        """Raises ModelError."""
+        ...
+
+    async def net(self, net_id: str, /) -> AbstractContextManager[NetComponents]:
+        """Raises ModelError."""
+        ...
+
+    def loaded(self) -> tuple[str, ...]: ...
 
 
 class ImageGenerator:
@@ -34,7 +54,7 @@ class ImageGenerator:
     def __init__(
         self,
         config: DenoiserConfig,
-        cache: ComponentCache,
+        cache: ComponentSource,
         store: ObjectStore,
         meter: Meter,
         replica: str,
@@ -117,11 +137,9 @@ class ImageGenerator:
 
     def check_health(self) -> None:
         """Raises RuntimeError if the engine's thread is dead or has been in one step for two minutes."""
-        if not self._driver.alive:
-            raise RuntimeError(f"the engine's thread is dead: {self._driver.death!r}")
-        silent_s = time.monotonic() - self._driver.heartbeat
-        if silent_s > _STALE_S:
-            raise RuntimeError(f"the engine has been in one step for {silent_s:.0f} s")
+        problem = health_problem(self._driver.alive, self._driver.death, time.monotonic() - self._driver.heartbeat)
+        if problem is not None:
+            raise RuntimeError(problem)
 
     async def close(self) -> None:
         """Stop the engine after the step that runs and wait for pictures being stored."""
@@ -188,6 +206,13 @@ class ImageGenerator:
         except OSError as error:
             raise RetryableError(f"The pictures could not be stored: {error}") from error
         return keys
+
+
+def health_problem(alive: bool, death: BaseException | None, silent_s: float) -> str | None:
+    """Why an engine thread counts as broken, or None: slow is healthy, up to ``_STALE_S`` in one step."""
+    if not alive:
+        return f"the engine's thread is dead: {death!r}"
+    return f"the engine has been in one step for {silent_s:.0f} s" if silent_s > _STALE_S else None
 
 
 def _store(store: ObjectStore, key: str, picture: ImageArray, base64_text: bool) -> None:

@@ -1,7 +1,6 @@
 import pytest
 import torch
-
-from tests.engine.tiny import Zoo, tiny_zoo
+from support.tiny import Zoo, tiny_zoo
 
 
 @pytest.fixture(scope="session", autouse=True)

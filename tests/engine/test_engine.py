@@ -11,13 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-from serve_app.engine.request import GenerationRequest, RunningRequest
-from serve_app.engine.samplers import ModelCall, Sampler
-from serve_app.errors import Cancelled, FamilyMismatch, JobError, OutOfMemory, ServeError, WorkerLost
-from serve_app.schedulers import available_schedulers
-from serve_app.tasks import AttemptRef, ControlInput, GenerationTask, Mode
-from tests.engine.tiny import (
+from support.tiny import (
     Zoo,
     controls,
     drawn_alone,
@@ -31,6 +25,12 @@ from tests.engine.tiny import (
     tiny_base,
     tiny_engine,
 )
+
+from serve_app.engine.request import GenerationRequest, RunningRequest
+from serve_app.engine.samplers import ModelCall, Sampler
+from serve_app.errors import Cancelled, FamilyMismatch, JobError, OutOfMemory, ServeError, WorkerLost
+from serve_app.schedulers import available_schedulers
+from serve_app.tasks import AttemptRef, ControlInput, GenerationTask, Mode
 
 TOLERANCE = 1e-4
 
@@ -297,7 +297,7 @@ def test_failed_requests_hold_no_tensors(zoo: Zoo) -> None:
 )
 def test_a_failure_outside_the_forward_ends_one_request(zoo: Zoo, changes: dict[str, Any], part: str) -> None:
     good, bad = request(zoo, task(steps=6, prompt="stays")), request(zoo, task(**changes))
-    module = zoo.base
+    module: Any = zoo.base
     for name in part.split("."):
         module = getattr(module, name)
     never = 9_999
@@ -321,7 +321,7 @@ def test_a_sampler_that_fails_takes_nobody_with_it(zoo: Zoo) -> None:
     assert broken.call is not None
     broken.sampler = failing(broken.call)
     broken.begin()
-    outcomes = {}
+    outcomes: dict[GenerationRequest, RunningRequest | ServeError] = {}
     while engine.busy:
         outcomes |= {ended.request: ended.outcome for ended in engine.step()}
     assert isinstance(outcomes[bad], JobError)

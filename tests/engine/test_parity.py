@@ -10,12 +10,12 @@ import pytest
 import torch
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
+from support.tiny import Zoo, controls, drawn_alone, latents, picture, relative_error, request, task
 from transformers import CLIPTextModel
 
 from serve_app.engine.request import GenerationRequest
 from serve_app.schedulers import SCHEDULERS, available_schedulers
 from serve_app.tasks import ControlInput, GenerationTask, Mode
-from tests.engine.tiny import Zoo, controls, drawn_alone, latents, picture, relative_error, request, task
 
 TOLERANCE = 1e-4
 PIPELINES = {
@@ -92,7 +92,7 @@ def reference(asked: GenerationRequest) -> torch.Tensor:
     pipeline = getattr(diffusers, PIPELINES[wanted.mode, bool(asked.nets)])(**parts)
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in wanted.seeds]
-    return pipeline(
+    drawn: torch.Tensor = pipeline(
         wanted.prompt,
         negative_prompt=wanted.negative_prompt,
         num_inference_steps=wanted.steps,
@@ -103,6 +103,7 @@ def reference(asked: GenerationRequest) -> torch.Tensor:
         output_type="latent",
         **options,
     ).images
+    return drawn
 
 
 def assert_parity(asked: GenerationRequest) -> None:
