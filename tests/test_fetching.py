@@ -355,9 +355,16 @@ class TestRedirects:
         ],
     )
     async def test_each_target_is_checked(self, location: str) -> None:
+        requests: list[str] = []
+
+        async def handler(request: str, writer: asyncio.StreamWriter) -> None:
+            requests.append(request)
+            await self.redirecting(location)(request, writer)
+
         config = FetchConfig(allow_hosts=("127.0.0.1",), connect_timeout_s=0.5)
-        async with serving(self.redirecting(location)) as port:
+        async with serving(handler) as port:
             await refused(f"http://127.0.0.1:{port}/", config)
+        assert len(requests) == 1
 
     async def test_only_so_many_are_followed(self) -> None:
         requests = 0
@@ -412,9 +419,10 @@ class TestBodies:
         async with serving(writing(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nshort")) as port:
             await refused(f"http://127.0.0.1:{port}/")
 
-    async def test_a_content_length_over_the_cap_fails_unread(self) -> None:
+    async def test_a_content_length_over_the_cap_fails_unread(self, caplog: pytest.LogCaptureFixture) -> None:
         async with serving(writing(b"HTTP/1.1 200 OK\r\nContent-Length: 99999999\r\n\r\n", b"x", forever=True)) as port:
             await refused(f"http://127.0.0.1:{port}/", max_bytes=1000)
+        assert "Content-Length 99999999 is over" in caplog.text
 
     @pytest.mark.parametrize("length", ["-1", "x", "5, 6", "5\r\nContent-Length: 6"])
     async def test_a_nonsense_content_length_fails(self, length: str) -> None:
@@ -436,20 +444,24 @@ class TestBodies:
             assert await fetch(f"http://127.0.0.1:{port}/") == b"picture"
 
     @pytest.mark.parametrize(
-        ("coding", "packed"),
+        ("coding", "packed", "reason"),
         [
-            ("gzip", gzip.compress(bytes(64 * MIB), compresslevel=1)),
-            ("gzip", gzip.compress(b"picture")[:-3]),
-            ("gzip", b"no gzip at all"),
-            ("gzip", gzip.compress(b"") + bytes(2 * MIB)),
-            ("gzip, gzip", gzip.compress(gzip.compress(b"picture"))),
-            ("br", b"\x0b\x03\x80picture\x03"),
+            ("gzip", gzip.compress(bytes(64 * MIB), compresslevel=1), "the body is over"),
+            ("gzip", gzip.compress(b"") + bytes(2 * MIB), "the body is over"),
+            ("gzip", gzip.compress(b"picture")[:-3], "cut off"),
+            ("gzip", b"no gzip at all", "incorrect header"),
+            ("gzip, gzip", gzip.compress(gzip.compress(b"picture")), "Content-Encoding"),
+            ("br", b"\x0b\x03\x80picture\x03", "Content-Encoding"),
         ],
-        ids=["bomb", "cut off", "not gzip", "endless after the end", "twice", "unknown"],
+        ids=["bomb", "endless after the end", "cut off", "not gzip", "twice", "unknown"],
     )
-    async def test_hostile_codings_fail(self, coding: str, packed: bytes) -> None:
-        async with serving(answering(packed, f"Content-Encoding: {coding}")) as port:
+    async def test_hostile_codings_fail(
+        self, coding: str, packed: bytes, reason: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        head = f"HTTP/1.1 200 OK\r\nContent-Encoding: {coding}\r\n\r\n"
+        async with serving(writing(head.encode(), packed)) as port:
             await refused(f"http://127.0.0.1:{port}/")
+        assert reason in caplog.text
 
 
 class TestPost:
