@@ -1,0 +1,116 @@
+"""From a catalogue entry to modules in memory: diffusers and transformers from a local folder, safetensors only.
+
+Every load is checked against the catalogue: the same files, no parameter left to chance, the family that was promised.
+"""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from diffusers import AutoencoderKL, ControlNetModel, SchedulerMixin, UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
+from torch import nn
+from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
+
+from serve_app.errors import ModelError, ModelLoadFailed, OutOfMemory
+from serve_app.models.catalog import ModelEntry, ModelType
+from serve_app.models.components import BaseComponents, NetComponents
+from serve_app.models.sources import ResolvedSource, family_of, resolve
+
+T = TypeVar("T")
+
+# Both libraries replace methods of torch.nn while they build an empty model: two loads at once would mix them up.
+_ONE_AT_A_TIME = threading.Lock()
+
+diffusers_logging.disable_progress_bar()
+transformers_logging.disable_progress_bar()
+
+
+def load_base(entry: ModelEntry, device: torch.device, dtype: torch.dtype) -> BaseComponents:
+    """Load a base model in eval mode, with gradients off.
+
+    Raises:
+        ModelLoadFailed: the folder can't be read, or is not what was published.
+        FamilyMismatch: its weights are of another family than the catalogue says.
+        UnsafeModel: the folder was changed into one that would not be published.
+        OutOfMemory: there is no room on ``device``.
+    """
+    return _guarded(entry, ModelType.BASE, lambda source: _base(entry, source.folder, device, dtype))
+
+
+def load_net(entry: ModelEntry, device: torch.device, dtype: torch.dtype) -> NetComponents:
+    """Load a ControlNet; otherwise as ``load_base``."""
+    return _guarded(entry, ModelType.CONTROLNET, lambda source: _net(entry, source.folder, device, dtype))
+
+
+def _base(entry: ModelEntry, folder: Path, device: torch.device, dtype: torch.dtype) -> BaseComponents:
+    unet = _module(UNet2DConditionModel, folder / "unet", device, dtype)
+    vae = _module(AutoencoderKL, folder / "vae", device, dtype)
+    text_encoder = _module(CLIPTextModel, folder / "text_encoder", device, dtype)
+    return BaseComponents(
+        id=entry.id,
+        family=entry.family,
+        hash=entry.hash,
+        unet=unet,
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
+        scheduler_config=SchedulerMixin.load_config(folder / "scheduler", local_files_only=True),
+        device=device,
+        dtype=dtype,
+        size_bytes=sum(_size_bytes(module) for module in (unet, vae, text_encoder)),
+    )
+
+
+def _net(entry: ModelEntry, folder: Path, device: torch.device, dtype: torch.dtype) -> NetComponents:
+    net = _module(ControlNetModel, folder, device, dtype)
+    return NetComponents(id=entry.id, family=entry.family, hash=entry.hash, net=net, size_bytes=_size_bytes(net))
+
+
+def _guarded(entry: ModelEntry, wanted: ModelType, build: Callable[[ResolvedSource], T]) -> T:
+    try:
+        with _ONE_AT_A_TIME:
+            return build(_check(entry, wanted))
+    except ModelError as error:
+        raise type(error)(f"The model {entry.id!r}: {error.message}") from error
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(f"No room on the accelerator for the model {entry.id!r}") from error
+    except Exception as error:  # the libraries raise anything for a broken file
+        raise ModelLoadFailed(f"The model {entry.id!r} could not be loaded from {entry.location}: {error}") from error
+
+
+def _check(entry: ModelEntry, wanted: ModelType) -> ResolvedSource:
+    """Hold the folder against the catalogue. Its size stands for its hash here: hashing takes longer than loading."""
+    source = resolve(Path(entry.location))
+    if source.type is not wanted or entry.type is not wanted:
+        raise ModelLoadFailed(f"{entry.location} holds a model of type {source.type}, not {wanted}")
+    family_of(source.config, entry.family)
+    if source.size_bytes != entry.size_bytes:
+        raise ModelLoadFailed(
+            f"{entry.location} changed after it was published ({source.size_bytes} bytes, was {entry.size_bytes}); "
+            "publish it again"
+        )
+    return source
+
+
+def _module(kind: Any, folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    """One model, complete: a weight that is missing from the files would silently be random.
+
+    Loaded in float32 and cast afterwards, for the libraries would else change torch's default dtype, which is global,
+    under the running engine.
+    """
+    module, report = kind.from_pretrained(
+        folder, use_safetensors=True, local_files_only=True, output_loading_info=True, dtype=torch.float32
+    )
+    lacking = [*report["missing_keys"], *report["mismatched_keys"]]
+    if lacking:
+        names = ", ".join(str(key) for key in lacking[:3])
+        raise ModelLoadFailed(f"{folder}: {len(lacking)} weights are missing or of the wrong shape: {names} ...")
+    return module.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def _size_bytes(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))

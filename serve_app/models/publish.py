@@ -1,0 +1,85 @@
+"""Publishing: verify a model, hash it, and only then write its row into the catalogue.
+
+The files stay where they are: a model's folder has to be the same on every node. A ControlNet and a base model meet in
+a request, so their families are compared there; here a family is only held against the model's own weights.
+"""
+
+import logging
+
+from filelock import FileLock
+
+from serve_app.config import AppConfig, ModelSource
+from serve_app.controls import CONTROL_TYPES
+from serve_app.errors import ConfigError, one_of
+from serve_app.models.catalog import Catalog, ModelEntry, ModelType
+from serve_app.models.demo import DEMO_CONTROL_TYPES, DEMO_FAMILY, DEMO_ID, demo_net_id
+from serve_app.models.sources import ResolvedSource, family_of, resolve
+
+logger = logging.getLogger(__name__)
+
+
+def publish(catalog: Catalog, source: ModelSource) -> ModelEntry:
+    """Verify, hash and list one model; blocks while every byte of it is read.
+
+    Publishing the same files under the same id again changes nothing; other files replace what the id means.
+
+    Raises:
+        ModelError: the folder is not a model that may be served (see ``sources.resolve``), or not of the family named.
+        ConfigError: the id is taken by another type of model or by a control type, or the control type is wrong.
+    """
+    if source.id in CONTROL_TYPES:
+        raise ConfigError(f"the model id {source.id!r} is the name of a control type; publish under another id")
+    found = resolve(source.path)
+    _check_control_type(source, found)
+    entry = catalog.add(
+        ModelEntry(
+            id=source.id,
+            type=found.type,
+            family=family_of(found.config, source.family),
+            control_type=source.control_type,
+            location=str(found.folder),
+            hash=found.hash(),
+            size_bytes=found.size_bytes,
+        )
+    )
+    logger.info("published %s %s of family %s, hash %s", entry.type, entry.id, entry.family, entry.hash)
+    return entry
+
+
+def publish_all(config: AppConfig, catalog: Catalog) -> tuple[ModelEntry, ...]:
+    """Publish the demo model, if it is wanted, and every model of the configuration. Returns their entries in order.
+
+    Every process of a cluster may call this at its start: one works at a time, by a lock in the models folder, and
+    those after it find everything done.
+
+    Raises:
+        ModelError, ConfigError: as ``publish``, for the first model that fails.
+    """
+    folder = config.published_models
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".publish.lock"):
+        sources = (*(_demo(config) if config.demo_model else ()), *config.models)
+        return tuple(publish(catalog, source) for source in sources)
+
+
+def _demo(config: AppConfig) -> tuple[ModelSource, ...]:
+    # Builds with torch, which a process that publishes only given folders doesn't need.
+    from serve_app.models.demo.build import build_demo
+
+    folders = build_demo(config.published_models / "demo")
+    base = ModelSource(id=DEMO_ID, path=folders[DEMO_ID], family=DEMO_FAMILY)
+    nets = (
+        ModelSource(id=name, path=folders[name], family=DEMO_FAMILY, control_type=control_type)
+        for control_type in DEMO_CONTROL_TYPES
+        for name in (demo_net_id(control_type),)
+    )
+    return (base, *nets)
+
+
+def _check_control_type(source: ModelSource, found: ResolvedSource) -> None:
+    if source.control_type is None:
+        return
+    if found.type is not ModelType.CONTROLNET:
+        raise ConfigError(f"the model {source.id!r} is of type {found.type}: only a ControlNet has a control_type")
+    if source.control_type not in CONTROL_TYPES:
+        raise ConfigError(f"model {source.id!r}: " + one_of("control_type", source.control_type, tuple(CONTROL_TYPES)))
