@@ -15,6 +15,8 @@ from serve_app.errors import BodyTooLarge, InvalidRequest
 
 MAX_FORM_FIELDS = 200
 _MAX_DIGITS = 400
+_MAX_ITEMS = 100_000
+"""Commas and brackets in a JSON body: millions of empty lists fit into 20 MB and take gigabytes as objects."""
 
 
 async def read_fields(request: Request, max_bytes: int) -> dict[str, JsonValue]:
@@ -64,6 +66,8 @@ def _constant(name: str) -> float:
 
 
 def _json_object(body: bytes) -> dict[str, JsonValue]:
+    if sum(map(body.count, (b",", b"[", b"{"))) > _MAX_ITEMS:
+        raise InvalidRequest
     try:
         value = json.loads(body, parse_int=_integer, parse_constant=_constant)
     except (ValueError, RecursionError) as error:

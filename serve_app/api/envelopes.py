@@ -1,7 +1,7 @@
 """The shapes of answers: how an error of ``serve_app.errors`` and a result become HTTP.
 
-Every answer of the enterprise API is HTTP 200, errors too, because the official SDKs throw away the body of anything
-else. ``Prefer: http-status`` turns on the right codes with the same bodies.
+Every answer below ``/api/`` is HTTP 200, errors too, because the official SDKs throw away the body of anything else.
+``Prefer: http-status`` turns on the right codes with the same bodies. Files and health checks always use them.
 """
 
 import json
@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pydantic import BaseModel, JsonValue
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 KEY_TIP = "Send your API key as 'key' in the request body, or as 'Authorization: Bearer <key>'."
 RETRY_AFTER_OUTAGE_S = 5
+DATABASE_OUTAGES = (OperationalError, InterfaceError, PoolTimeout)
+"""What SQLAlchemy raises when the database is away, restarts or has no connection to spare."""
 
 Body = Mapping[str, JsonValue]
 
@@ -111,8 +114,9 @@ def preferences(request: Request) -> frozenset[str]:
 
 
 def respond(request: Request, answer: Answer) -> Response:
-    """HTTP 200, or the answer's own status for a client that prefers it."""
-    status = answer.status if "http-status" in preferences(request) else 200
+    """HTTP 200, or the answer's own status outside of the enterprise API and for a client that prefers it."""
+    coded = "http-status" in preferences(request) or "/api/" not in request.scope["path"]
+    status = answer.status if coded else 200
     return AsciiJSONResponse(dict(answer.body), status, dict(answer.headers))
 
 
@@ -167,7 +171,7 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
 
 HANDLERS: dict[int | type[Exception], Callable[[Request, Any], Coroutine[Any, Any, Response]]] = {
     ServeError: on_serve_error,
-    OperationalError: on_database_outage,
+    **dict.fromkeys(DATABASE_OUTAGES, on_database_outage),
     HTTPException: on_http_exception,
 }
 """Exception class to the function that answers it; the application hands them to FastAPI."""
@@ -195,6 +199,8 @@ class LastResort:
 
         try:
             await self.app(scope, receive, watch)
+        except ClientDisconnect:
+            logger.info("%s %s: the client hung up while it sent its request", scope["method"], scope["path"])
         except Exception:
             logger.exception("%s %s failed", scope["method"], scope["path"])
             if started:

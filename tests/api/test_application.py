@@ -4,11 +4,12 @@ import json
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator, MutableMapping
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from support.gateway import API, KEY, Open, Server, as_base64, picture, wish
+from support.gateway import ADMIN_ONLY_KEY, API, KEY, Open, Server, as_base64, picture, wish
 
 from serve_app.api.application import OPERATIONS
 from serve_app.api.operations import PREFIXES
@@ -26,10 +27,10 @@ async def test_every_operation_answers_under_every_path(server: Server) -> None:
             assert response.json()["message"] == message, path
 
 
-@pytest.mark.parametrize("prefix", [*PREFIXES, "/api/v6/images"])
-async def test_controlnet_works_under_every_prefix(server: Server, prefix: str) -> None:
-    response = await server.http.post(f"{prefix}/controlnet", json=wish())
-    assert response.json()["status"] == "success"
+async def test_controlnet_works_under_every_prefix(server: Server) -> None:
+    for prefix in (*PREFIXES, "/api/v6/images"):
+        response = await server.http.post(f"{prefix}/controlnet", json=wish())
+        assert response.json()["status"] == "success"
 
 
 async def test_bodies_of_every_kind(server: Server) -> None:
@@ -68,22 +69,21 @@ async def test_unknown_and_duplicate_keys_do_no_harm(server: Server) -> None:
     assert answer.json()["meta"]["prompt"] == "a lighthouse"
 
 
-@pytest.mark.parametrize(
-    ("path", "body", "status"),
-    [
+async def test_codes_are_for_those_who_prefer_them(server: Server) -> None:
+    cases: list[tuple[str, object, int]] = [
         ("controlnet", {"key": KEY}, 400),
         ("controlnet", [], 400),
         ("controlnet", {}, 401),
+        ("controlnet", {"key": ADMIN_ONLY_KEY}, 403),
         ("fetch", {"key": KEY, "request_id": 1}, 404),
         ("verify_model", {"key": KEY, "model_id": "none"}, 404),
         ("schedulers_list", {"key": KEY}, 200),
-    ],
-)
-async def test_codes_are_for_those_who_prefer_them(server: Server, path: str, body: object, status: int) -> None:
-    plain = await server.http.post(f"{API}/{path}", json=body)
-    coded = await server.http.post(f"{API}/{path}", json=body, headers={"Prefer": "wait=5, HTTP-Status"})
-    assert (plain.status_code, coded.status_code) == (200, status)
-    assert plain.json() == coded.json()
+    ]
+    for path, body, status in cases:
+        plain = await server.http.post(f"{API}/{path}", json=body)
+        coded = await server.http.post(f"{API}/{path}", json=body, headers={"Prefer": "wait=5, HTTP-Status"})
+        assert (plain.status_code, coded.status_code) == (200, status)
+        assert plain.json() == coded.json()
 
 
 async def test_management(server: Server) -> None:
@@ -192,6 +192,34 @@ async def test_a_database_that_is_away_is_a_503_to_come_back_to(server: Server) 
     assert response.status_code == 503
     assert int(response.headers["retry-after"]) == response.json()["retry_after"]
     assert (await server.get("/readyz")).json()["problems"] == ["the database cannot be reached"]
+    with server.resources.database.transaction() as connection:
+        connection.exec_driver_sql("DROP TABLE job_inputs")
+        connection.exec_driver_sql("DROP TABLE jobs")
+    file = await server.get("/generations/00000000-0000-0000-0000-000000000000-0.png")
+    assert file.status_code == 503  # a file is never an error with the code 200
+
+
+async def test_a_client_that_hangs_up_while_sending_is_no_failure(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    messages: Iterator[dict[str, object]] = iter(
+        [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
+    )
+    sent: list[object] = []
+
+    async def receive() -> dict[str, object]:
+        return next(messages)
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        sent.append(message)
+
+    path = f"{API}/controlnet"
+    scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": []}
+    with caplog.at_level("INFO", "serve_app"):
+        await server.app(scope, receive, send)
+    assert sent == []
+    assert "hung up" in caplog.text
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 async def test_the_openapi_document_describes_requests_and_answers(server: Server) -> None:
@@ -200,7 +228,7 @@ async def test_the_openapi_document_describes_requests_and_answers(server: Serve
         document = (await server.get("/openapi.json")).json()
     controlnet = document["paths"][f"{API}/controlnet"]["post"]
     schema = controlnet["requestBody"]["content"]["application/json"]["schema"]
-    assert schema["required"] == ["key", "model_id", "controlnet_model", "prompt"]
+    assert schema["required"] == ["key", "model_id", "controlnet_model"]
     assert schema["properties"]["samples"]["maximum"] == 4
     assert "one for all" in schema["properties"]["control_image"]["description"]
     answers = controlnet["responses"]["200"]["content"]["application/json"]["schema"]["anyOf"]

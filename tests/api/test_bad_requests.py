@@ -132,8 +132,9 @@ BAD_BODIES: list[tuple[bytes, str]] = [
     (b"null", "application/json"),
     (b"5", "text/plain"),
     (b"\xff\xfe\x00{", "application/json"),
-    (b'{"a":' * 100_000, "application/json"),
-    (b"[" * 100_000 + b"]" * 100_000, "application/json"),
+    (b'{"a":' * 90_000, "application/json"),
+    (b"[" * 90_000 + b"]" * 90_000, "application/json"),
+    (b'{"a": [' + b"[]," * 100_000 + b"[]]}", "application/json"),
     (b"nonsense", "multipart/form-data; boundary=x"),
     (b"--x\r\n", "multipart/form-data"),
     (b"a=%ff&b" + b"\xff", "application/x-www-form-urlencoded"),
@@ -181,11 +182,11 @@ async def test_an_image_over_its_limit_is_refused(open_server: Open) -> None:
     assert "larger than 50 bytes" in answer["message"]["init_image"][0]
 
 
-@pytest.mark.parametrize("key", [None, "", "wrong", 5, {"a": 1}, "\ud800", "x" * 100_000])
-async def test_a_bad_key_is_one_uniform_answer(server: Server, key: object) -> None:
-    answer = await server.post("controlnet", {**wish(), "key": key})
-    assert (answer["status"], answer["message"]) == ("error", "Invalid Api Key")
-    assert "tip" in answer
+async def test_a_bad_key_is_one_uniform_answer(server: Server) -> None:
+    for key in (None, "", "wrong", 5, {"a": 1}, "\ud800", "x" * 100_000):
+        answer = await server.post("controlnet", {**wish(), "key": key})
+        assert (answer["status"], answer["message"]) == ("error", "Invalid Api Key"), key
+        assert "tip" in answer
     assert server.backend.touched == 0
 
 

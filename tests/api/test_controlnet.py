@@ -79,11 +79,11 @@ async def test_each_picture_has_its_seed(server: Server) -> None:
     assert len(set(answer["output"])) == 3
 
 
-@pytest.mark.parametrize("track_id", [None, "", "null", 17, 1.5, True, "order 7"])
-async def test_track_id_is_echoed_unchanged(server: Server, track_id: object) -> None:
-    answer = await server.post("controlnet", {**wish(), "track_id": track_id})
-    assert answer["track_id"] == track_id
-    assert type(answer["track_id"]) is type(track_id)
+async def test_track_id_is_echoed_unchanged(server: Server) -> None:
+    for track_id in (None, "", "null", 17, 1.5, True, "order 7", 10**300):
+        answer = await server.post("controlnet", {**wish(), "track_id": track_id})
+        assert answer["track_id"] == track_id
+        assert type(answer["track_id"]) is type(track_id)
 
 
 @pytest.mark.parametrize(
@@ -174,20 +174,18 @@ async def test_guess_mode_needs_no_prompt(server: Server) -> None:
     assert answer["meta"]["prompt"] == ""
 
 
-@pytest.mark.parametrize(
-    ("changes", "prompt"),
-    [
+async def test_prompt_enhancement(server: Server) -> None:
+    cases: list[tuple[dict[str, object], str]] = [
         ({}, "a lighthouse"),
         ({"enhance_prompt": "yes"}, "a lighthouse, highly detailed, sharp focus, professional photography"),
         ({"enhance_style": "isometric"}, "a lighthouse, isometric view, clean geometry"),
         ({"enhance_prompt": "yes", "enhance_style": "isometric"}, "a lighthouse, isometric view, clean geometry"),
         ({"enhance_prompt": "no", "enhance_style": "isometric"}, "a lighthouse"),
-    ],
-)
-async def test_prompt_enhancement(server: Server, changes: dict[str, object], prompt: str) -> None:
-    answer = await server.post("controlnet", wish(**changes))
-    assert answer["meta"]["prompt"] == prompt
-    assert server.backend.generated[0][0].prompt == prompt
+    ]
+    for changes, prompt in cases:
+        answer = await server.post("controlnet", wish(**changes))
+        assert answer["meta"]["prompt"] == prompt
+        assert server.backend.generated[-1][0].prompt == prompt
 
 
 async def test_hosted_defaults_enhance_the_prompt(open_server: Open) -> None:

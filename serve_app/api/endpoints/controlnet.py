@@ -55,9 +55,9 @@ def _pictures(value: JsonValue) -> tuple[str, ...]:
 
 
 class ControlNetRequest(GenerationRequest):
-    """Body of ``POST controlnet``."""
+    """Body of ``POST controlnet``. ``prompt`` is required unless ``guess_mode`` is on."""
 
-    model_config = ConfigDict(json_schema_extra={"required": ["key", "model_id", "controlnet_model", "prompt"]})
+    model_config = ConfigDict(json_schema_extra={"required": ["key", "model_id", "controlnet_model"]})
 
     controlnet_model: Names = ()
     """One id or a comma list: built-in control types, or ids of loaded ControlNets."""

@@ -84,7 +84,7 @@ async def _send(request: Request, services: Services, key: str, *, is_input: boo
         return _absent(410, "The file has been deleted.")
     etag = f'"{hashlib.sha256(key.encode()).hexdigest()[:32]}"'
     headers = {**HEADERS, "ETag": etag, "Cache-Control": "no-store" if is_input else FINAL}
-    if etag in request.headers.get("if-none-match", ""):
+    if (known := request.headers.get("if-none-match", "")) == "*" or etag in known:
         return Response(status_code=304, headers=headers)
     wanted = request.headers.get("range") if request.headers.get("if-range", etag) == etag else None
     try:

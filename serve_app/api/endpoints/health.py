@@ -6,11 +6,10 @@ from collections.abc import Iterator
 
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
-from sqlalchemy.exc import OperationalError
 from starlette.requests import Request
 from starlette.responses import Response
 
-from serve_app.api.envelopes import AsciiJSONResponse
+from serve_app.api.envelopes import DATABASE_OUTAGES, AsciiJSONResponse
 from serve_app.api.services import Services
 from serve_app.config import DenoiserConfig
 from serve_app.jobs.job import JobStatus
@@ -55,7 +54,7 @@ async def _problems(services: Services) -> list[str]:
     try:
         entries = await asyncio.to_thread(services.catalog.list)
         counts = await asyncio.to_thread(services.jobs.counts)
-    except OperationalError:
+    except DATABASE_OUTAGES:
         logger.exception("readyz: the database is unavailable")
         return ["the database cannot be reached"]
     if not any(entry.type is ModelType.BASE for entry in entries):
