@@ -57,6 +57,7 @@ jobs = sa.Table(
     sa.Column("webhook_status", sa.String(200)),
     sa.Index("ix_jobs_status_not_before", "status", "not_before", "created_at"),
     sa.Index("ix_jobs_tenant_status", "tenant", "status"),
+    sa.Index("ix_jobs_webhook_status", "webhook_status"),
 )
 
 job_inputs = sa.Table(

@@ -27,6 +27,7 @@ from serve_app.webhooks import Poster
 
 logger = logging.getLogger(__name__)
 
+_NAME_MAX = 64  # as long as its column
 _RELEASE_S = 5.0
 """What ``stop`` allows for putting back jobs that did not end in time."""
 
@@ -70,7 +71,7 @@ class Dispatcher:
         self._store = store
         self._backend = backend
         self._meter = meter
-        self._name = name
+        self._name = name[:_NAME_MAX]
         self._outbox = Outbox(config, store, client, meter)
         self._driver = Driver(
             Workshop(store, objects, backend, client, config.images),
@@ -185,7 +186,7 @@ class Dispatcher:
                 attempt.interrupt(Interruption.CANCELLED)
 
     async def _sweep(self) -> None:
-        """Take back the jobs of dead dispatchers, and what ended without its cleaning up."""
+        """Take back the jobs of dead dispatchers; do what others left undone at the end of a job."""
         for job in await asyncio.to_thread(self._store.sweep, ATTEMPTS_BOUND):
             logger.warning("job %d: the lease of attempt %d ran out, it is now %s", job.id, job.attempt, job.status)
             if job.status.ended:
@@ -195,3 +196,4 @@ class Dispatcher:
                 self._wake.set()
         for job_id in await asyncio.to_thread(self._store.inputs.left_over):
             await self._driver.drop_inputs(job_id)
+        await self._outbox.sweep()

@@ -15,6 +15,10 @@ from serve_app.webhooks import DELIVERED, Poster, deliver, encode_body, headers,
 
 logger = logging.getLogger(__name__)
 
+_UNTOLD_S = 30.0
+"""Age, beyond the time one delivery may take, at which an unsent webhook is nobody's any more."""
+_SWEEP_AT_ONCE = 20
+
 
 class Outbox:
     """Raises ConfigError when the signing secret is named but missing or malformed."""
@@ -27,20 +31,31 @@ class Outbox:
         self._store = store
         self._poster = poster
         self._meter = meter
-        self._sending: set[asyncio.Task[None]] = set()
+        self._sending: dict[int, asyncio.Task[None]] = {}
 
     def send(self, job: Job) -> None:
         """Deliver the webhook of an ended job, if it has one."""
         if job.spec.webhook is None:
             return
         task = asyncio.get_running_loop().create_task(self._send(job, job.spec.webhook), name=f"webhook-{job.id}")
-        self._sending.add(task)
-        task.add_done_callback(self._sending.discard)
+        self._sending[job.id] = task
+        task.add_done_callback(lambda _: self._sending.pop(job.id, None))
+
+    async def sweep(self) -> None:
+        """Send what was left unsent: by a dispatcher that died, or because the job was cancelled in the queue.
+
+        A webhook may be sent twice when its outcome was not recorded; its id is the same both times.
+        """
+        room = _SWEEP_AT_ONCE - len(self._sending)
+        if room > 0:
+            for job in await asyncio.to_thread(self._store.untold, _UNTOLD_S + self._timeout_s, room):
+                if job.id not in self._sending:
+                    self.send(job)
 
     async def drain(self, timeout_s: float) -> None:
         """Wait for deliveries under way; what takes longer is given up."""
         if self._sending:
-            _, late = await asyncio.wait(self._sending, timeout=timeout_s)
+            _, late = await asyncio.wait(self._sending.values(), timeout=timeout_s)
             for task in late:
                 task.cancel()
 

@@ -21,6 +21,8 @@ from serve_app.jobs.inputs import JobInputs
 from serve_app.jobs.job import Job, JobResult, JobSpec, JobStatus
 from serve_app.keys import Principal
 
+WEBHOOK_PENDING: Final = "pending"
+
 _ID_MIN: Final = 2**40
 _ID_MAX: Final = 2**53  # JavaScript keeps 53 bits exactly
 _QUEUE_LOCK, _CLAIM_LOCK = 1, 2
@@ -78,7 +80,7 @@ class JobStore:
             "charged": 0,
             "suspect": False,
             "cancel_requested": False,
-            "webhook_status": "pending" if spec.webhook else None,
+            "webhook_status": WEBHOOK_PENDING if spec.webhook else None,
         }
         kept = {item.field: item.key for item in spec.inputs if item.key}
         with self._database.transaction() as connection:
@@ -293,6 +295,16 @@ class JobStore:
                 .returning(jobs)
             ).one_or_none()
         return _job(row) if row is not None else self.get(job_id)
+
+    def untold(self, age_s: float, limit: int) -> tuple[Job, ...]:
+        """Jobs that ended ``age_s`` ago or earlier and whose webhook nobody has recorded as sent or failed."""
+        query = sa.select(jobs).where(
+            jobs.c.webhook_status == WEBHOOK_PENDING,
+            jobs.c.status.in_(ENDED),
+            jobs.c.finished_at < self._database.now_sql() - age_s,
+        )
+        with self._database.read() as connection:
+            return tuple(map(_job, connection.execute(query.order_by(jobs.c.finished_at).limit(limit))))
 
     def set_webhook_status(self, job_id: int, status: str) -> None:
         with self._database.transaction() as connection:

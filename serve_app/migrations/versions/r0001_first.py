@@ -34,6 +34,7 @@ def upgrade() -> None:
     )
     op.create_index("ix_jobs_status_not_before", "jobs", ["status", "not_before", "created_at"])
     op.create_index("ix_jobs_tenant_status", "jobs", ["tenant", "status"])
+    op.create_index("ix_jobs_webhook_status", "jobs", ["webhook_status"])
     op.create_table(
         "job_inputs",
         sa.Column("job_id", sa.BigInteger, nullable=False),
