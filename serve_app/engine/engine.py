@@ -5,6 +5,7 @@ plan gives it, and has its pictures decoded. The engine is used from one thread;
 """
 
 import gc
+import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from serve_app.tasks import AttemptRef
 
 _JOINS_PER_STEP = 4
 """Requests encoded between two steps at most, so that a burst of arrivals does not hold up who runs."""
+
+logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -217,5 +220,6 @@ def _translated(error: Exception, *, shared: bool) -> ServeError:
         raise error
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error):
         return OutOfMemory(str(error))
+    logger.error("a request failed in the engine", exc_info=error)
     what = f"{type(error).__name__}: {error}"
     return WorkerLost(f"A step shared with other requests failed: {what}") if shared else JobError(what)
