@@ -141,6 +141,7 @@ class ComponentCache:
                 slot = None
             if slot is None:
                 slot = _Slot(entry, Future())
+                slot.future.set_running_or_notify_cancel()  # from here on no waiter can cancel it
                 self._slots[entry.id] = slot
                 self._loader.submit(self._load, slot)
             self._uses += 1
@@ -162,7 +163,7 @@ class ComponentCache:
             self._stale.append(slot)
 
     def _load(self, slot: _Slot) -> None:
-        """In the loader's thread. A slot that fails is forgotten before its waiters hear of it: the next one retries."""
+        """In the loader's thread. A slot that fails is forgotten before its waiters hear of it, so they may retry."""
         entry = slot.entry
         load: Callable[..., Component] = load_base if entry.type is ModelType.BASE else load_net
         started = time.monotonic()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, SchedulerMixin, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -58,7 +58,8 @@ def _base(entry: ModelEntry, folder: Path, device: torch.device, dtype: torch.dt
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
-        scheduler_config=SchedulerMixin.load_config(folder / "scheduler", local_files_only=True),
+        # Every scheduler class reads the same file; which one runs is the request's choice.
+        scheduler_config=DDIMScheduler.load_config(folder / "scheduler", local_files_only=True),
         device=device,
         dtype=dtype,
         size_bytes=sum(_size_bytes(module) for module in (unet, vae, text_encoder)),
@@ -109,7 +110,8 @@ def _module(kind: Any, folder: Path, device: torch.device, dtype: torch.dtype) -
     if lacking:
         names = ", ".join(str(key) for key in lacking[:3])
         raise ModelLoadFailed(f"{folder}: {len(lacking)} weights are missing or of the wrong shape: {names} ...")
-    return module.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    # Diffusers' own `to` warns of modules that should stay in float32, and lists none.
+    return nn.Module.to(module, device=device, dtype=dtype).eval().requires_grad_(False)
 
 
 def _size_bytes(module: nn.Module) -> int:

@@ -126,11 +126,10 @@ def family_of(config: Mapping[str, object], named: str | None) -> str:
 
 def _width(config: Mapping[str, object]) -> int:
     width = config.get("cross_attention_dim")
-    widths = set(width) if isinstance(width, list) else {width}
-    only = widths.pop() if len(widths) == 1 else None
-    if not isinstance(only, int):
+    widths = width if isinstance(width, list) else [width]
+    if not widths or not isinstance(widths[0], int) or any(other != widths[0] for other in widths):
         raise ModelLoadFailed(f"cross_attention_dim must be one whole number, got {width!r}")
-    return only
+    return widths[0]
 
 
 def _locate(path: Path) -> tuple[Path, tuple[Path, ...]]:
@@ -157,11 +156,10 @@ def _locate(path: Path) -> tuple[Path, tuple[Path, ...]]:
 
 def _base(reader: "_Reader") -> ResolvedSource:
     index = reader.json("model_index.json")
-    if index.get("_class_name") not in _PIPELINES:
-        raise UnsafeModel(
-            f"{reader.folder / 'model_index.json'}: "
-            + one_of("pipeline class", index.get("_class_name"), sorted(_PIPELINES))
-        )
+    pipeline = index.get("_class_name")
+    if not isinstance(pipeline, str) or pipeline not in _PIPELINES:
+        where = reader.folder / "model_index.json"
+        raise UnsafeModel(f"{where}: {one_of('pipeline class', pipeline, sorted(_PIPELINES))}")
     for name, value in index.items():
         if isinstance(value, list) and not name.startswith("_"):
             _check_class(reader, name, value)

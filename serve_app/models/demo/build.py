@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from diffusers import AutoencoderKL, ControlNetModel, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -38,15 +39,19 @@ def build_tiny_base(
     """Save a base model to ``folder`` and return it.
 
     ``channels``: of the UNet's blocks, multiples of 8, at least two; blocks but the last have cross-attention, and the
-    first has none where there are three or more (attention over 64x64 cells is most of the time on a CPU).
+    first has none where there are three or more (on a CPU, attention over 64x64 cells would take most of the time).
     ``vae_channels``: four blocks make SD's 8 pixels per cell.
     """
     tokenizer = build_tokenizer()
+    with torch.random.fork_rng(devices=()):  # constructors draw weights of their own, which are then replaced
+        unet = _unet(channels, cross_attention_dim, seed)
+        vae = _vae(vae_channels, seed + 1)
+        text_encoder = _text_encoder(tokenizer, cross_attention_dim, seed + 2)
     pipeline = StableDiffusionPipeline(
-        vae=_vae(vae_channels, seed + 1),
-        text_encoder=_text_encoder(tokenizer, cross_attention_dim, seed + 2),
+        vae=vae,
+        text_encoder=text_encoder,
         tokenizer=tokenizer,
-        unet=_unet(channels, cross_attention_dim, seed),
+        unet=unet,
         scheduler=PNDMScheduler(
             beta_start=0.00085,
             beta_end=0.012,
@@ -79,16 +84,17 @@ def build_tiny_net(
     Unlike a fresh ControlNet, which ends in zeros, it does something. ``global_pool``: it sees only the average of
     its hint, as shuffle nets do; ``edges``: its hints are bright lines on black.
     """
-    net = ControlNetModel(
-        block_out_channels=tuple(channels),
-        down_block_types=_down_types(len(channels)),
-        layers_per_block=1,
-        attention_head_dim=1,
-        norm_num_groups=channels[0] // 8,
-        cross_attention_dim=cross_attention_dim,
-        conditioning_embedding_out_channels=tuple(hint_channels),
-        global_pool_conditions=global_pool,
-    )
+    with torch.random.fork_rng(devices=()):
+        net = ControlNetModel(
+            block_out_channels=tuple(channels),
+            down_block_types=_down_types(len(channels)),
+            layers_per_block=1,
+            attention_head_dim=1,
+            norm_num_groups=channels[0] // 8,
+            cross_attention_dim=cross_attention_dim,
+            conditioning_embedding_out_channels=tuple(hint_channels),
+            global_pool_conditions=global_pool,
+        )
     fill(net, seed)
     lay_net_path(net, edges=edges)
     net.save_pretrained(folder, safe_serialization=True)

@@ -5,6 +5,8 @@ linear, for silu(v) - silu(-v) = v, and a group of pairs has mean zero, so Group
 the network computes is noise that depends on prompt, timestep and picture, added where the path ends.
 """
 
+from typing import cast
+
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
@@ -156,14 +158,14 @@ def _let_pass(module: nn.Module) -> None:
         if module.conv_shortcut is not None:
             _pass_on(module.conv_shortcut)
     elif isinstance(module, Attention):
-        _keep_out(module.to_out[0])
+        _keep_out(cast("nn.Linear", module.to_out[0]))
     elif isinstance(module, Downsample2D):  # the VAE pads right and below, so cells start at tap 0
         _pass_on(module.conv, kernel=_AVERAGE_2X2.roll((-1, -1), (0, 1)))
     elif isinstance(module, Upsample2D):
         _pass_on(module.conv, kernel=_BINOMIAL)
 
 
-def _keep_out(layer: nn.Module) -> None:
+def _keep_out(layer: nn.Conv2d | nn.Linear) -> None:
     layer.weight[:PAIRS] = 0
 
 

@@ -1,0 +1,75 @@
+from pathlib import Path
+
+import pytest
+
+from serve_app.config import AppConfig, ModelSource
+from serve_app.errors import ConfigError, FamilyMismatch, UnsafeModel
+from serve_app.models.catalog import Catalog, ModelType
+from serve_app.models.demo import DEMO_CONTROL_TYPES
+from serve_app.models.publish import publish, publish_all
+from serve_app.models.sources import resolve
+
+
+def test_a_published_model_is_listed_as_it_is(catalog: Catalog, base: Path) -> None:
+    entry = publish(catalog, ModelSource(id="dream", path=base))
+    found = resolve(base)
+    assert (entry.type, entry.family) == (ModelType.BASE, "custom16")
+    assert (entry.location, entry.hash, entry.size_bytes) == (str(base), found.hash(), found.size_bytes)
+    assert catalog.list() == (entry,)
+
+
+def test_publishing_twice_changes_nothing(catalog: Catalog, net: Path) -> None:
+    source = ModelSource(id="edges", path=net, family="own", control_type="canny")
+    first = publish(catalog, source)
+    assert publish(catalog, source) == first
+    assert catalog.net_for("canny", "own") == first
+
+
+def test_other_files_replace_the_model(catalog: Catalog, net: Path) -> None:
+    source = ModelSource(id="edges", path=net)
+    first = publish(catalog, source)
+    config = net / "config.json"
+    config.write_text(config.read_text().replace('"act_fn": "silu"', '"act_fn": "gelu"'))
+    second = publish(catalog, source)
+    assert second.hash != first.hash
+    assert catalog.list() == (second,)
+
+
+def test_what_is_refused_is_not_listed(catalog: Catalog, base: Path) -> None:
+    (base / "pipeline.py").touch()
+    with pytest.raises(UnsafeModel, match="pipeline"):
+        publish(catalog, ModelSource(id="dream", path=base))
+    assert catalog.list() == ()
+
+
+def test_a_family_that_the_weights_deny_is_refused(catalog: Catalog, base: Path) -> None:
+    with pytest.raises(FamilyMismatch, match="'sd15', but its cross_attention_dim is 16"):
+        publish(catalog, ModelSource(id="dream", path=base, family="sd15"))
+    assert catalog.list() == ()
+
+
+def test_names_that_would_mislead_are_refused(catalog: Catalog, base: Path, net: Path) -> None:
+    with pytest.raises(ConfigError, match="'canny' is the name of a control type"):
+        publish(catalog, ModelSource(id="canny", path=net))
+    with pytest.raises(ConfigError, match=r"'cany' is unknown\. Allowed: canny, depth"):
+        publish(catalog, ModelSource(id="edges", path=net, control_type="cany"))
+    with pytest.raises(ConfigError, match="only a ControlNet has a control_type"):
+        publish(catalog, ModelSource(id="dream", path=base, control_type="canny"))
+    assert catalog.list() == ()
+
+
+def test_a_configuration_is_published_whole(catalog: Catalog, base: Path, tmp_path: Path) -> None:
+    config = AppConfig(data=tmp_path / "data", models=(ModelSource(id="dream", path=base),))
+    entries = publish_all(config, catalog)
+    assert [entry.id for entry in entries] == ["demo", *(f"demo-{name}" for name in DEMO_CONTROL_TYPES), "dream"]
+    assert {entry.family for entry in entries[:-1]} == {"demo"}
+    for control_type in DEMO_CONTROL_TYPES:
+        net = catalog.net_for(control_type, "demo")
+        assert net is not None
+        assert net.id == f"demo-{control_type}"
+    assert publish_all(config, catalog) == entries
+
+
+def test_the_demo_model_can_be_left_out(catalog: Catalog, tmp_path: Path) -> None:
+    assert publish_all(AppConfig(data=tmp_path / "data", demo_model=False), catalog) == ()
+    assert catalog.list() == ()
