@@ -9,8 +9,8 @@ from ray.serve.config import RequestRouterConfig
 from deployments.annotator import Annotator
 from deployments.denoiser import Denoiser
 from deployments.dispatcher import Dispatcher
+from deployments.environment import environment
 from deployments.gateway import Gateway
-from deployments.process import environment
 from deployments.registry import Registry
 from deployments.routing import GroupRouter
 from serve_app.config import AppConfig, ReplicaConfig

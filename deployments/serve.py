@@ -16,9 +16,9 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from deployments.process import environment
+from deployments.environment import environment
 from serve_app.config import AppConfig, LaunchSettings, ReplicaConfig, launch_settings, set_environment
-from serve_app.errors import ConfigError
+from serve_app.errors import ConfigError, ServeError
 
 MAX_RAY_FOLDER = 40
 """Characters: Ray puts unix sockets 65 characters below its folder, and their path may have 107."""
@@ -39,7 +39,7 @@ def main() -> int:
     try:
         settings = launch_settings()
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error.message}", file=sys.stderr)
         return 2
     stop = threading.Event()
 
@@ -52,7 +52,11 @@ def main() -> int:
     data.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="ray-") as spare:
         folder = data / "ray" if len(str(data / "ray")) <= MAX_RAY_FOLDER else Path(spare)
-        return run(settings, folder, stop, started)
+        try:
+            return run(settings, folder, stop, started)
+        except ServeError as error:
+            print(f"error: {error.message}", file=sys.stderr)
+            return 1
 
 
 def run(settings: LaunchSettings, ray_folder: Path, stop: threading.Event, started: float) -> int:
@@ -71,6 +75,7 @@ def run(settings: LaunchSettings, ray_folder: Path, stop: threading.Event, start
         address="local",
         include_dashboard=False,
         log_to_driver=False,
+        _node_ip_address="127.0.0.1",  # nothing of this Ray is meant for the network
         logging_level=logging.ERROR,
         _temp_dir=str(ray_folder),
     )

@@ -6,6 +6,9 @@ Threads are set before torch is imported anywhere.
 import os
 
 import pytest
+from support.postgres import postgres_url
+
+__all__ = ["postgres_url"]
 
 os.environ.update({"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"})
 os.environ.update({"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})

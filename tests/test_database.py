@@ -12,12 +12,10 @@ import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from support.postgres import new_database, postgres_url
+from support.postgres import new_database
 
 from serve_app.database import Database, facts, job_inputs, jobs, metadata
 from serve_app.errors import ConfigError
-
-__all__ = ["postgres_url"]
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

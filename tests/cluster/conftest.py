@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 from support.cluster import KEY, Served, cluster_config
 
-from deployments.process import environment
+from deployments.environment import environment
 
 os.environ.update(
     environment(1)

@@ -4,14 +4,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.postgres import new_database, postgres_url
+from support.postgres import new_database
 
 from serve_app.config import LimitsConfig
 from serve_app.database import Database
 from serve_app.jobs.store import JobStore
 from serve_app.storage.local import LocalStore
-
-__all__ = ["postgres_url"]
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -73,3 +76,36 @@ def test_a_configuration_is_published_whole(catalog: Catalog, base: Path, tmp_pa
 def test_the_demo_model_can_be_left_out(catalog: Catalog, tmp_path: Path) -> None:
     assert publish_all(AppConfig(data=tmp_path / "data", demo_model=False), catalog) == ()
     assert catalog.list() == ()
+
+
+def test_several_may_publish_at_once(catalog: Catalog, base: Path, tmp_path: Path) -> None:
+    config = AppConfig(data=tmp_path / "data", models=(ModelSource(id="dream", path=base),))
+    with ThreadPoolExecutor(4) as pool:
+        outcomes = list(pool.map(lambda _: publish_all(config, catalog), range(4)))
+    assert outcomes == [outcomes[0]] * 4
+    assert sorted(outcomes[0], key=lambda entry: entry.id) == sorted(catalog.list(), key=lambda entry: entry.id)
+
+
+@pytest.mark.full
+def test_several_processes_may_publish_at_once(tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from serve_app.config import AppConfig
+from serve_app.database import Database
+from serve_app.models.catalog import Catalog
+from serve_app.models.publish import publish_all
+
+config = AppConfig(data=Path(sys.argv[1]))
+database = Database(config.database_url)
+database.migrate()
+print([(entry.id, entry.hash) for entry in publish_all(config, Catalog(database))])
+"""
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    printed = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert printed[0].startswith("[('demo', ")
+    assert printed == [printed[0]] * 3

@@ -34,7 +34,6 @@ def build_tiny_base(
     seed: int = 0,
     channels: Sequence[int] = (8, 16),
     vae_channels: Sequence[int] = (8, 8, 8, 8),
-    prediction_type: str = "epsilon",
 ) -> Path:
     """Save a base model to ``folder`` and return it.
 
@@ -59,7 +58,6 @@ def build_tiny_base(
             steps_offset=1,
             skip_prk_steps=True,
             set_alpha_to_one=False,
-            prediction_type=prediction_type,
         ),
         safety_checker=None,
         feature_extractor=None,
