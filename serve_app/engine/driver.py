@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from serve_app.engine.engine import Engine
 from serve_app.engine.request import Ended, GenerationRequest, RunningRequest
-from serve_app.errors import ServeError, WorkerBusy, WorkerLost
+from serve_app.errors import RetryableError, ServeError, WorkerBusy, WorkerLost
 from serve_app.tasks import AttemptRef, ImageArray
 
 _IDLE_BEAT_S = 1.0
@@ -101,7 +101,7 @@ class EngineDriver:
         self._inbox.put(_Cancel(ref))
 
     def close(self, timeout_s: float = 60.0) -> None:
-        """Stop after the step that runs; what has not ended by then ends with WorkerLost. May be called twice."""
+        """Stop after the step that runs; what has not ended by then ends with WorkerBusy. May be called twice."""
         self._inbox.put(_Close())
         self._thread.join(timeout_s)
 
@@ -112,7 +112,9 @@ class EngineDriver:
             logger.exception("the engine's thread died")
             self._death = error
         finally:
-            self._fail_all(WorkerLost(f"The engine stopped: {self._death!r}" if self._death else "The engine closed."))
+            # A replica that is asked to stop is nobody's fault; one that breaks makes suspects of its requests.
+            broken = WorkerLost(f"The engine stopped: {self._death!r}")
+            self._fail_all(broken if self._death else WorkerBusy("The replica was stopped."))
 
     def _loop(self) -> None:
         while self._take_orders():
@@ -152,7 +154,7 @@ class EngineDriver:
         else:
             future.set_result(_drawn(ended.outcome))
 
-    def _fail_all(self, error: WorkerLost) -> None:
+    def _fail_all(self, error: RetryableError) -> None:
         with self._lock:
             self._open = False
         while not self._inbox.empty():

@@ -49,7 +49,8 @@ def served(tmp_path_factory: pytest.TempPathFactory, postgres_url: str) -> Itera
     try:
         serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
         serve.run(app(config), name="controlnet", route_prefix="/")
-        yield Served(config.public_url, resources, cluster, workers)
+        with Served(config.public_url, resources, cluster, workers) as running:
+            yield running
     finally:
         serve.shutdown()
         ray.shutdown()

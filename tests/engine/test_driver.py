@@ -75,7 +75,7 @@ def test_closing_ends_what_runs_and_what_waits(zoo: Zoo) -> None:
     driver.close()
     driver.close()
     assert not driver.alive
-    assert [type(future.exception(SOON_S)) for future in futures] == [WorkerLost] * 3
+    assert [type(future.exception(SOON_S)) for future in futures] == [WorkerBusy] * 3
     with pytest.raises(WorkerBusy):
         driver.submit(request(zoo, task()))
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx2
 
@@ -31,6 +31,12 @@ class Served:
 
     def __post_init__(self) -> None:
         self.http = httpx2.Client(base_url=self.url, timeout=90)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.http.close()
 
     def post(self, path: str, body: Mapping[str, object]) -> dict[str, Any]:
         """Post to the API; a gateway that is being replaced is asked again, as a client would."""
