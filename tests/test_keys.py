@@ -114,7 +114,7 @@ def test_the_list_shows_everything_but_the_key(store: KeyStore) -> None:
         (("n", "alice", set(), None), "scopes"),
         (("n", "alice", {"generate"}, "short"), "key"),
         (("n", "alice", {"generate"}, " a space at one end"), "key"),
-        (("n", "alice", {"generate"}, "Schlüssel-mit-Umlaut"), "key"),
+        (("n", "alice", {"generate"}, "unprintable\x07-key-01"), "key"),
     ],
 )
 def test_what_is_not_acceptable(store: KeyStore, arguments: tuple[str, str, set[str], str | None], field: str) -> None:
