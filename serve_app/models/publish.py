@@ -12,7 +12,7 @@ from serve_app.config import AppConfig, ModelSource
 from serve_app.controls import CONTROL_TYPES
 from serve_app.errors import ConfigError, one_of
 from serve_app.models.catalog import Catalog, ModelEntry, ModelType
-from serve_app.models.demo import DEMO_CONTROL_TYPES, DEMO_FAMILY, DEMO_ID, demo_net_id
+from serve_app.models.demo import DEMO_CONTROL_TYPES, DEMO_FAMILY, DEMO_ID, demo_folders, demo_net_id, is_complete
 from serve_app.models.sources import ResolvedSource, family_of, resolve
 
 logger = logging.getLogger(__name__)
@@ -63,10 +63,12 @@ def publish_all(config: AppConfig, catalog: Catalog) -> tuple[ModelEntry, ...]:
 
 
 def _demo(config: AppConfig) -> tuple[ModelSource, ...]:
-    # Builds with torch, which a process that publishes only given folders doesn't need.
-    from serve_app.models.demo.build import build_demo
+    folder = config.published_models / "demo"
+    if not is_complete(folder):
+        from serve_app.models.demo.build import build_demo
 
-    folders = build_demo(config.published_models / "demo")
+        build_demo(folder)
+    folders = demo_folders(folder)
     base = ModelSource(id=DEMO_ID, path=folders[DEMO_ID], family=DEMO_FAMILY)
     nets = (
         ModelSource(id=name, path=folders[name], family=DEMO_FAMILY, control_type=control_type)

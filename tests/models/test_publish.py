@@ -9,6 +9,7 @@ from serve_app.config import AppConfig, ModelSource
 from serve_app.errors import ConfigError, FamilyMismatch, UnsafeModel
 from serve_app.models.catalog import Catalog, ModelType
 from serve_app.models.demo import DEMO_CONTROL_TYPES
+from serve_app.models.demo.build import build_demo
 from serve_app.models.publish import publish, publish_all
 from serve_app.models.sources import resolve
 
@@ -86,9 +87,7 @@ def test_several_may_publish_at_once(catalog: Catalog, base: Path, tmp_path: Pat
     assert sorted(outcomes[0], key=lambda entry: entry.id) == sorted(catalog.list(), key=lambda entry: entry.id)
 
 
-@pytest.mark.full
-def test_several_processes_may_publish_at_once(tmp_path: Path) -> None:
-    code = """
+PUBLISH = """
 import sys
 from pathlib import Path
 from serve_app.config import AppConfig
@@ -101,11 +100,26 @@ database = Database(config.database_url)
 database.migrate()
 print([(entry.id, entry.hash) for entry in publish_all(config, Catalog(database))])
 """
+TORCH = "print('torch' in sys.modules or 'diffusers' in sys.modules or 'transformers' in sys.modules)"
+
+
+def test_a_complete_demo_is_published_without_torch(tmp_path: Path) -> None:
+    build_demo(tmp_path / "models" / "demo")
+    process = subprocess.run(
+        [sys.executable, "-c", PUBLISH + TORCH, str(tmp_path)], stdout=subprocess.PIPE, text=True, check=True
+    )
+    entries, torch_was_needed = process.stdout.splitlines()
+    assert entries.startswith("[('demo', ")
+    assert torch_was_needed == "False"
+
+
+@pytest.mark.full
+def test_several_processes_may_publish_at_once(tmp_path: Path) -> None:
     processes = [
-        subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        subprocess.Popen([sys.executable, "-c", PUBLISH, str(tmp_path)], stdout=subprocess.PIPE, text=True)
         for _ in range(3)
     ]
-    printed = [process.communicate(timeout=120)[0] for process in processes]
+    printed = [process.communicate(timeout=240)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0]
     assert printed[0].startswith("[('demo', ")
     assert printed == [printed[0]] * 3

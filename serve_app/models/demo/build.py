@@ -12,13 +12,17 @@ import torch
 from diffusers import AutoencoderKL, ControlNetModel, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from serve_app.models.demo import DEMO_CONTROL_TYPES, DEMO_ID, demo_net_id
+from serve_app.models.demo import (
+    DEMO_CONTROL_TYPES,
+    DEMO_ID,
+    VERSION,
+    VERSION_FILE,
+    demo_folders,
+    demo_net_id,
+    is_complete,
+)
 from serve_app.models.demo.tokenizer import MAX_TOKENS, build_tokenizer
 from serve_app.models.demo.weights import fill, lay_net_path, lay_unet_path, lay_vae_path
-
-_VERSION = "1"
-"""Goes up with every change of what is built; a folder of another version is built anew."""
-_COMPLETE = "VERSION"
 
 _EDGE_TYPES = ("canny", "scribble", "lineart")
 
@@ -105,19 +109,13 @@ def build_demo(folder: Path) -> dict[str, Path]:
     Written under a temporary name and renamed, so that ``folder`` is never half there. Callers in several processes
     hold a lock around it.
     """
-    if not _is_complete(folder):
+    if not is_complete(folder):
         partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         _write_demo(partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
-    names = (DEMO_ID, *(demo_net_id(control_type) for control_type in DEMO_CONTROL_TYPES))
-    return {name: folder / name for name in names}
-
-
-def _is_complete(folder: Path) -> bool:
-    marker = folder / _COMPLETE
-    return marker.is_file() and marker.read_text() == _VERSION
+    return demo_folders(folder)
 
 
 def _write_demo(folder: Path) -> None:
@@ -138,7 +136,7 @@ def _write_demo(folder: Path) -> None:
             global_pool=control_type == "shuffle",
             edges=control_type in _EDGE_TYPES,
         )
-    (folder / _COMPLETE).write_text(_VERSION)
+    (folder / VERSION_FILE).write_text(VERSION)
 
 
 def _down_types(blocks: int) -> tuple[str, ...]:
