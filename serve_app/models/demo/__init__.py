@@ -34,21 +34,3 @@ def is_complete(folder: Path) -> bool:
     """Whether the demo model of this version lies under ``folder``, whole."""
     marker = folder / VERSION_FILE
     return marker.is_file() and marker.read_text() == VERSION
-
-
-VERSION = "1"
-"""Goes up with every change of what is built; a folder of another version is built anew."""
-VERSION_FILE = "VERSION"
-"""Written last."""
-
-
-def demo_folders(folder: Path) -> dict[str, Path]:
-    """Catalogue id to model folder, the base first."""
-    names = (DEMO_ID, *(demo_net_id(control_type) for control_type in DEMO_CONTROL_TYPES))
-    return {name: folder / name for name in names}
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether ``folder`` holds the demo model of this version."""
-    marker = folder / VERSION_FILE
-    return marker.is_file() and marker.read_text() == VERSION
