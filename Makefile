@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 		{ echo "Python 3.11 to 3.13 with venv is needed: apt-get install python3 python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt --group dev -e .
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt --group dev -e .
 	touch $(STAMP)
 
 check: install

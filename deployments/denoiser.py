@@ -12,16 +12,15 @@ class Denoiser:
         """``name``: which of ``config.denoisers`` this replica is one of."""
         import torch
         from serve_app.engine.generator import ImageGenerator
-        from serve_app.models.cache import ComponentCache, pick_device, pick_dtype
+        from serve_app.models.cache import open_cache
 
         from serve_app.resources import open_resources
 
         own = next(denoiser for denoiser in config.denoisers if denoiser.name == name)
         torch.set_num_threads(own.threads)
         resources = open_resources(config)
-        device = pick_device(own.device)
-        cache = ComponentCache(resources.catalog, device, pick_dtype(own.dtype, device), own.model_memory_bytes)
-        self._generator = ImageGenerator(own, cache, resources.objects, RayMeter(), replica_name(), node_name())
+        self._cache = open_cache(own, resources.catalog)
+        self._generator = ImageGenerator(own, self._cache, resources.objects, RayMeter(), replica_name(), node_name())
 
     async def generate(
         self,
@@ -43,3 +42,4 @@ class Denoiser:
 
     async def __del__(self) -> None:
         await self._generator.close()
+        self._cache.close()

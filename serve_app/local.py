@@ -16,13 +16,13 @@ from serve_app.annotators import annotate
 from serve_app.api.application import build_application
 from serve_app.api.services import Services
 from serve_app.backend import Annotation, AnnotatorStats, Backend, BackendStats
-from serve_app.config import AppConfig, DenoiserConfig
+from serve_app.config import AppConfig
 from serve_app.engine.generator import ImageGenerator
 from serve_app.fetching import GuardedClient
 from serve_app.jobs.dispatcher import Dispatcher
 from serve_app.jobs.lifecycle import JobWaiter
 from serve_app.metrics import Meter, PrometheusMeter
-from serve_app.models.cache import ComponentCache, pick_device, pick_dtype
+from serve_app.models.cache import open_cache
 from serve_app.models.catalog import Catalog
 from serve_app.models.publish import publish_all
 from serve_app.resources import Resources, open_resources
@@ -45,15 +45,11 @@ class LocalBackend:
         self._config = config
         self._meter = meter
         self._annotate_calls = 0
+        self._caches = {own.name: open_cache(own, catalog) for own in config.denoisers}
         self._generators = {
-            own.name: ImageGenerator(own, self._cache(own, catalog), objects, meter, own.name, socket.gethostname())
+            own.name: ImageGenerator(own, self._caches[own.name], objects, meter, own.name, socket.gethostname())
             for own in config.denoisers
         }
-
-    @staticmethod
-    def _cache(own: DenoiserConfig, catalog: Catalog) -> ComponentCache:
-        device = pick_device(own.device)
-        return ComponentCache(catalog, device, pick_dtype(own.dtype, device), own.model_memory_bytes)
 
     async def annotate(self, task: AnnotationTask, image: ImageArray, mask: ImageArray | None = None) -> Annotation:
         self._annotate_calls += 1
@@ -92,6 +88,8 @@ class LocalBackend:
     async def close(self) -> None:
         for generator in self._generators.values():
             await generator.close()
+        for cache in self._caches.values():
+            cache.close()
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from serve_app.config import DenoiserConfig
 from serve_app.errors import ConfigError, WorkerBusy, one_of
 from serve_app.models.catalog import Catalog, ModelEntry, ModelType
 from serve_app.models.components import BaseComponents, NetComponents
@@ -195,6 +196,16 @@ class ComponentCache:
     def _by_age(self) -> list[_Slot]:
         loaded = (slot for slot in self._slots.values() if slot.size_bytes)
         return sorted(loaded, key=lambda slot: slot.last_used)
+
+
+def open_cache(config: DenoiserConfig, catalog: Catalog) -> ComponentCache:
+    """The cache of one denoiser, on the device and in the dtype it is configured for.
+
+    Raises:
+        ConfigError: there is no such device or dtype here.
+    """
+    device = pick_device(config.device)
+    return ComponentCache(catalog, device, pick_dtype(config.dtype, device), config.model_memory_bytes)
 
 
 def pick_device(name: str) -> torch.device:
