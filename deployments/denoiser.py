@@ -11,9 +11,9 @@ class Denoiser:
     def __init__(self, config: AppConfig, name: str) -> None:
         """``name``: which of ``config.denoisers`` this replica is one of."""
         import torch
+
         from serve_app.engine.generator import ImageGenerator
         from serve_app.models.cache import open_cache
-
         from serve_app.resources import open_resources
 
         own = next(denoiser for denoiser in config.denoisers if denoiser.name == name)
