@@ -1,5 +1,7 @@
 """The graph on one screen: who calls whom, and what each replica may use."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from ray import serve
@@ -9,11 +11,13 @@ from ray.serve.config import RequestRouterConfig
 from deployments.annotator import Annotator
 from deployments.denoiser import Denoiser
 from deployments.dispatcher import Dispatcher
-from deployments.environment import environment
+from deployments.environment import KEEP_HEAP, environment
 from deployments.gateway import Gateway
 from deployments.registry import Registry
 from deployments.routing import GroupRouter
 from serve_app.config import AppConfig, ReplicaConfig
+
+NOTHING: Mapping[str, str] = MappingProxyType({})
 
 HEALTH = {"health_check_period_s": 2.0, "health_check_timeout_s": 30.0}
 
@@ -29,7 +33,7 @@ def build(config: AppConfig) -> Application:
             name=own.name,
             max_ongoing_requests=own.max_ongoing,
             request_router_config=RequestRouterConfig(request_router_class=GroupRouter),
-            **_options(own),
+            **_options(own, KEEP_HEAP),
         ).bind(config, own.name)
         for own in config.denoisers
     }
@@ -45,13 +49,13 @@ def build(config: AppConfig) -> Application:
     ).bind(config, dispatcher, registry, annotator, denoisers)
 
 
-def _options(replica: ReplicaConfig) -> dict[str, Any]:
+def _options(replica: ReplicaConfig, more_environment: Mapping[str, str] = NOTHING) -> dict[str, Any]:
     """Options every deployment shares. Serve's default of one CPU each would not fit on a small machine."""
     options: dict[str, Any] = {
         "ray_actor_options": {
             "num_cpus": replica.num_cpus,
             "num_gpus": replica.num_gpus,
-            "runtime_env": {"env_vars": environment(replica.threads)},
+            "runtime_env": {"env_vars": environment(replica.threads) | dict(more_environment)},
         },
         "graceful_shutdown_timeout_s": replica.graceful_shutdown_timeout_s,
         **HEALTH,

@@ -9,12 +9,14 @@ import logging
 import os
 import shlex
 import signal
+import socket
 import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 from types import FrameType
+from typing import TypeVar
 
 from deployments.environment import environment
 from serve_app.config import AppConfig, LaunchSettings, ReplicaConfig, launch_settings, set_environment
@@ -22,6 +24,10 @@ from serve_app.errors import ConfigError, ServeError
 
 MAX_RAY_FOLDER = 40
 """Characters: Ray puts unix sockets 65 characters below its folder, and their path may have 107."""
+
+SHUTDOWN_S = 4.0
+
+R = TypeVar("R", bound=ReplicaConfig)
 
 QUIET_RAY = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -40,6 +46,9 @@ def main() -> int:
         settings = launch_settings()
     except ConfigError as error:
         print(f"error: {error.message}", file=sys.stderr)
+        return 2
+    if port_is_taken(settings.port):
+        print(f"error: port {settings.port} of 127.0.0.1 is in use; choose another with PORT=", file=sys.stderr)
         return 2
     stop = threading.Event()
 
@@ -81,7 +90,7 @@ def run(settings: LaunchSettings, ray_folder: Path, stop: threading.Event, start
     )
     try:
         serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": settings.port})
-        serve.run(app(with_threads(settings.config)), name="controlnet", route_prefix="/")
+        serve.run(app(for_this_machine(settings.config)), name="controlnet", route_prefix="/")
         print(banner(settings, key, time.monotonic() - started), flush=True)
         stop.wait()
         print("stopping ...", flush=True)
@@ -89,6 +98,17 @@ def run(settings: LaunchSettings, ray_folder: Path, stop: threading.Event, start
         serve.shutdown()
         ray.shutdown()
     return 0
+
+
+def port_is_taken(port: int) -> bool:
+    """Whether another server listens there already. Ray would only say so after a minute."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return True
+    return False
 
 
 def prepare(settings: LaunchSettings) -> str:
@@ -114,14 +134,31 @@ def ray_authentication(token_file: Path) -> dict[str, str]:
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_file)}
 
 
-def with_threads(config: AppConfig) -> AppConfig:
-    """Give the engine all cores but one, unless the configuration says how many threads it takes."""
+def for_this_machine(config: AppConfig) -> AppConfig:
+    """The configuration of a server that runs as long as its terminal.
+
+    The engine gets all cores but one, unless the configuration says how many threads it takes. Ctrl-C does not wait
+    for long jobs: whatever runs goes back to the queue, and the next start on the same data continues with it.
+    """
     spare = max(1, (os.cpu_count() or 2) - 1)
     default = ReplicaConfig().threads
+
+    def quick(replica: R) -> R:
+        return replica.model_copy(update={"graceful_shutdown_timeout_s": SHUTDOWN_S})
+
     denoisers = tuple(
-        own.model_copy(update={"threads": spare}) if own.threads == default else own for own in config.denoisers
+        quick(own).model_copy(update={"threads": spare if own.threads == default else own.threads})
+        for own in config.denoisers
     )
-    return config.model_copy(update={"denoisers": denoisers})
+    return config.model_copy(
+        update={
+            "gateway": quick(config.gateway),
+            "dispatcher": quick(config.dispatcher),
+            "annotator": quick(config.annotator),
+            "registry": quick(config.registry),
+            "denoisers": denoisers,
+        }
+    )
 
 
 def banner(settings: LaunchSettings, key: str, seconds: float) -> str:

@@ -3,53 +3,19 @@
 import asyncio
 import base64
 import io
-from typing import Any
 
 import pytest
 from PIL import Image
 from support.gateway import API, KEY, PUBLIC_URL, Open, Server, as_base64, picture, wish
+from support.wire import SEED_META, seed_page_body
 
 from serve_app.api.envelopes import FailedAnswer, ProcessingAnswer, SuccessAnswer
 from serve_app.errors import JobError
 from serve_app.tasks import Mode
 
-SEED_META = [
-    "prompt", "model_id", "controlnet_model", "controlnet_type", "negative_prompt", "scheduler", "safetychecker",
-    "auto_hint", "guess_mode", "strength", "W", "H", "guidance_scale", "seed", "multi_lingual", "init_image",
-    "mask_image", "steps", "full_url", "upscale", "n_samples", "embeddings", "lora", "outdir", "file_prefix",
-]  # fmt: skip
-
-
-def seed_page_body(link: str) -> dict[str, Any]:
-    """The sample of the original documentation, with our key, model and picture."""
-    return {
-        "key": KEY,
-        "controlnet_model": "canny",
-        "controlnet_type": "canny",
-        "model_id": "tiny",
-        "auto_hint": "yes",
-        "guess_mode": "no",
-        "prompt": "a model doing photoshoot, ultra high resolution, 4K image",
-        "negative_prompt": None,
-        "init_image": link,
-        "mask_image": None,
-        "width": "512",
-        "height": "512",
-        "samples": "1",
-        "scheduler": "UniPCMultistepScheduler",
-        "num_inference_steps": "30",
-        "safety_checker": "no",
-        "enhance_prompt": "yes",
-        "guidance_scale": 7.5,
-        "strength": 0.55,
-        "seed": None,
-        "webhook": None,
-        "track_id": None,
-    }
-
 
 async def test_the_documented_sample_ends_in_a_picture(server: Server) -> None:
-    answer = await server.post("controlnet", seed_page_body(as_base64(picture())))
+    answer = await server.post("controlnet", seed_page_body(KEY, "tiny", as_base64(picture())))
     SuccessAnswer.model_validate(answer)
     assert answer["status"] == "success"
     assert isinstance(answer["generationTime"], float)

@@ -1,4 +1,4 @@
-"""One Ray cluster for the session: a head without replicas and two workers with one fake GPU each.
+"""One Ray cluster for all tests that need nodes: a head without replicas, two workers with one fake GPU each.
 
 PostgreSQL and a shared folder behind it, the demo model on it, Serve's own proxy on a free port of 127.0.0.1.
 """
@@ -27,7 +27,7 @@ os.environ.update(
 )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory, postgres_url: str) -> Iterator[Served]:
     import ray
     from ray import serve

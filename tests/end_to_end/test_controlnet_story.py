@@ -16,43 +16,13 @@ import skimage
 from numpy.typing import NDArray
 from PIL import Image
 from support.web import web_server
+from support.wire import SEED_META, seed_page_body
 
 from serve_app.config import AppConfig
 from serve_app.local import LocalServer, local_server
 
 KEY = "end-to-end-key-0123456789"
 PHOTOS = Path(skimage.__file__).parent / "data"
-
-SEED_BODY: dict[str, Any] = {
-    "key": KEY,
-    "controlnet_model": "canny",
-    "controlnet_type": "canny",
-    "model_id": "demo",
-    "auto_hint": "yes",
-    "guess_mode": "no",
-    "prompt": "a model doing photoshoot, ultra high resolution, 4K image",
-    "negative_prompt": None,
-    "mask_image": None,
-    "width": "512",
-    "height": "512",
-    "samples": "1",
-    "scheduler": "UniPCMultistepScheduler",
-    "num_inference_steps": "30",
-    "safety_checker": "no",
-    "enhance_prompt": "yes",
-    "guidance_scale": 7.5,
-    "strength": 0.55,
-    "seed": None,
-    "webhook": None,
-    "track_id": None,
-}
-"""The request example of the API's page, less the address of its picture."""
-
-SEED_META = (  # noqa: SIM905  - reads better than 26 quoted words
-    "prompt model_id controlnet_model controlnet_type negative_prompt scheduler safetychecker auto_hint guess_mode "
-    "strength W H guidance_scale seed multi_lingual init_image mask_image steps full_url upscale n_samples embeddings "
-    "lora outdir file_prefix"
-).split()
 
 SMALL = {"width": "128", "height": "64", "num_inference_steps": "4"}
 
@@ -99,7 +69,8 @@ async def client(server: LocalServer) -> AsyncIterator[httpx2.AsyncClient]:
 
 async def draw(client: httpx2.AsyncClient, **fields: object) -> dict[str, Any]:
     """Submit the seed page's body with ``fields`` changed and wait for success."""
-    response = await client.post("/api/v1/enterprise/controlnet", json=SEED_BODY | fields)
+    body = seed_page_body(KEY, "demo", "") | fields
+    response = await client.post("/api/v1/enterprise/controlnet", json=body)
     answer: dict[str, Any] = response.json()
     while answer["status"] == "processing":
         answer = (await client.post(answer["fetch_result"], json={"key": KEY})).json()
@@ -140,8 +111,9 @@ async def test_the_seed_pages_body_as_it_stands(client: httpx2.AsyncClient, name
     assert pixels(data).std() > 10
     assert set(SEED_META) <= set(meta)
     assert meta["strength"] == 0.55
-    assert meta["prompt"].startswith(SEED_BODY["prompt"])
-    assert meta["prompt"] != SEED_BODY["prompt"]
+    prompt = seed_page_body(KEY, "demo", "")["prompt"]
+    assert meta["prompt"].startswith(prompt)
+    assert meta["prompt"] != prompt  # enhanced
     if how == "link":
         assert (meta["W"], meta["H"], meta["steps"]) == (512, 512, 30)
         assert meta["init_image"] == sent

@@ -1,0 +1,107 @@
+"""What ``make serve`` runs, as a process: it prints an address, a key and a curl that works, and ends clean."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import psutil
+import pytest
+
+pytestmark = pytest.mark.cluster
+
+KEY = "a key with spaces, 0123456789"
+API = "/api/v1/enterprise"
+STOP_S = 15
+"""What a user who pressed Ctrl-C will wait."""
+
+
+@dataclass(frozen=True)
+class Started:
+    process: "subprocess.Popen[str]"
+    banner: str
+    http: httpx2.Client
+
+    def post(self, path: str, **fields: object) -> dict[str, Any]:
+        answer: dict[str, Any] = self.http.post(f"{API}/{path}", json={"key": KEY, **fields}).json()
+        return answer
+
+    def ends_clean(self) -> bool:
+        """Press Ctrl-C; whether everything it started is gone in time."""
+        family = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
+        os.killpg(self.process.pid, signal.SIGINT)
+        _, alive = psutil.wait_procs(family, timeout=STOP_S)
+        return not alive and self.process.wait() == 0
+
+
+@contextmanager
+def started(data: Path) -> Iterator[Started]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environ |= {"PORT": str(port), "DATA": str(data), "KEY": KEY}
+    with subprocess.Popen(
+        [sys.executable, "-m", "deployments.serve"],
+        env=environ,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        banner = ""
+        while "Ctrl-C" not in banner:
+            line = process.stdout.readline()
+            assert line, f"the server ended: {banner}"
+            banner += line
+        try:
+            with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
+                yield Started(process, banner, http)
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+                process.wait(60)
+
+
+def test_the_printed_curl_works_and_ctrl_c_ends_everything(tmp_path: Path) -> None:
+    with started(tmp_path) as server:
+        command = re.search(r"^ *(curl .*)$", server.banner, re.MULTILINE)
+        assert command is not None
+        answer = subprocess.run(["bash", "-c", command[1]], check=True, capture_output=True, text=True).stdout
+        assert '"status":"success"' in answer
+        assert server.http.get("/readyz").status_code == 200
+        assert (tmp_path / "jobs.sqlite3").exists()
+        assert server.ends_clean()
+
+
+@pytest.mark.full
+def test_a_second_start_continues_with_the_jobs_of_the_first(tmp_path: Path) -> None:
+    wish = {"model_id": "demo", "controlnet_model": "tile", "prompt": "x", "instant_response": "yes", "samples": 4}
+    wish |= {"num_inference_steps": 50, "init_image": sample()}
+    with started(tmp_path) as server:
+        ids = [server.post("controlnet", **wish)["id"] for _ in range(6)]
+        assert server.post("fetch", request_id=ids[0])["status"] == "processing"
+        assert server.ends_clean()
+    with started(tmp_path) as server:
+        deadline = time.monotonic() + 240
+        for job_id in ids:
+            while (answer := server.post("fetch", request_id=job_id))["status"] == "processing":
+                assert time.monotonic() < deadline
+                time.sleep(0.5)
+            assert answer["status"] == "success"
+        assert server.ends_clean()
+
+
+def sample() -> str:
+    from deployments.serve import sample_image
+
+    return sample_image()
