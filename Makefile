@@ -32,10 +32,10 @@ format: install
 	$(BIN)/ruff check --fix .
 
 test: install
-	$(BIN)/python -m pytest -m "not full and not gpu"
+	$(BIN)/python -m pytest -m "not full"
 
 test-full: install
-	$(BIN)/python -m pytest -m "not gpu" --timeout 1800
+	$(BIN)/python -m pytest --timeout 1800
 
 serve: install
 	@exec $(BIN)/python -m deployments.serve

@@ -23,7 +23,7 @@ from serve_app import errors
 
 def wrapped(cause: Exception) -> RayTaskError:
     """``cause`` as it arrives when a replica raised it."""
-    error: RayTaskError = RayTaskError("generate", "traceback", cause).as_instanceof_cause()
+    error: RayTaskError = RayTaskError("generate", f"Traceback: {cause!r}", cause).as_instanceof_cause()
     return error
 
 

@@ -1,0 +1,49 @@
+"""The graph: what is bound for each shipped configuration. Nothing runs."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.serve._private.build_app import build_app
+
+import serve_app
+from serve_app.config import AppConfig, load_config
+
+CONFIGS = sorted((Path(__file__).parents[2] / "deployments" / "configs").glob("*.yaml"))
+
+
+def deployments(config: AppConfig) -> dict[str, Any]:
+    built = build_app(serve_app.app(config), name="controlnet", default_runtime_env={})
+    return {deployment.name: deployment for deployment in built.deployments}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_deployment_says_what_it_takes(path: Path) -> None:
+    config = load_config(path)
+    found = deployments(config)
+    assert set(found) == {"Gateway", "Dispatcher", "Annotator", "Registry", *(own.name for own in config.denoisers)}
+    for deployment in found.values():
+        options = deployment.ray_actor_options
+        assert options["runtime_env"]["env_vars"]["OMP_WAIT_POLICY"] == "PASSIVE"
+        assert int(options["runtime_env"]["env_vars"]["OMP_NUM_THREADS"]) >= 1
+        # Serve's default of 5 would let five waiting clients block a gateway.
+        assert deployment.max_ongoing_requests >= (1000 if deployment.name in {"Gateway", "Dispatcher"} else 1)
+    for own in config.denoisers:
+        assert found[own.name].ray_actor_options["num_gpus"] == own.num_gpus
+        assert found[own.name].max_ongoing_requests == own.max_running + own.waiting_room
+
+
+def test_the_demo_fits_on_two_cores() -> None:
+    found = deployments(AppConfig())
+    assert sum(deployment.ray_actor_options["num_cpus"] for deployment in found.values()) <= 2
+
+
+def test_replicas_and_autoscaling_come_from_the_configuration() -> None:
+    scaling = {"min_replicas": 1, "max_replicas": 5, "target_ongoing_requests": 3}
+    config = AppConfig.model_validate(
+        {"denoisers": [{"name": "A", "replicas": 3}, {"name": "B", "families": ["sdxl"], "autoscaling_config": scaling}]}
+    )
+    found = deployments(config)
+    assert found["A"].num_replicas == 3
+    autoscaling = found["B"]._deployment_config.autoscaling_config
+    assert (autoscaling.min_replicas, autoscaling.max_replicas, autoscaling.target_ongoing_requests) == (1, 5, 3)
