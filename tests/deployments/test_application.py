@@ -41,7 +41,12 @@ def test_the_demo_fits_on_two_cores() -> None:
 def test_replicas_and_autoscaling_come_from_the_configuration() -> None:
     scaling = {"min_replicas": 1, "max_replicas": 5, "target_ongoing_requests": 3}
     config = AppConfig.model_validate(
-        {"denoisers": [{"name": "A", "replicas": 3}, {"name": "B", "families": ["sdxl"], "autoscaling_config": scaling}]}
+        {
+            "denoisers": [
+                {"name": "A", "replicas": 3},
+                {"name": "B", "families": ["sdxl"], "autoscaling_config": scaling},
+            ]
+        }
     )
     found = deployments(config)
     assert found["A"].num_replicas == 3
