@@ -37,7 +37,9 @@ def build(config: AppConfig) -> Application:
         ).bind(config, own.name)
         for own in config.denoisers
     }
-    registry = serve.deployment(Registry, name="Registry", **_options(config.registry)).bind(config)
+    registry = serve.deployment(Registry, name="Registry", max_ongoing_requests=1, **_options(config.registry)).bind(
+        config
+    )
     dispatcher = serve.deployment(
         Dispatcher, name="Dispatcher", max_ongoing_requests=1000, **_options(config.dispatcher)
     ).bind(config, annotator, denoisers)

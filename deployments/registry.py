@@ -1,27 +1,16 @@
-"""The model registry: publishes models to the catalogue. A lock, not the number of replicas, makes it the writer."""
+"""The model registry: publishes the configured models to the catalogue when it starts.
 
-import asyncio
+A lock, not the number of replicas, makes it the single writer; `controlnet-serve models add` takes the same way.
+"""
 
-from serve_app.models.catalog import ModelEntry
-
-from serve_app.config import AppConfig, ModelSource
+from serve_app.config import AppConfig
 
 
 class Registry:
     def __init__(self, config: AppConfig) -> None:
         from serve_app.models.publish import publish_all
-
         from serve_app.resources import open_resources
 
-        self._resources = open_resources(config)
-        publish_all(config, self._resources.catalog)
-
-    async def publish(self, source: ModelSource) -> ModelEntry:
-        """Verify, hash and list one more model.
-
-        Raises:
-            ModelError: the folder is not a model that may be served.
-        """
-        from serve_app.models.publish import publish
-
-        return await asyncio.to_thread(publish, self._resources.catalog, source)
+        resources = open_resources(config)
+        publish_all(config, resources.catalog)
+        resources.database.close()

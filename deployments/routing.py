@@ -83,7 +83,6 @@ class GroupRouter(RequestRouter):
 
     def initialize_state(self, **_: object) -> None:
         self._placements = Placements()
-        self._in_flight: dict[str, int] = {}
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None

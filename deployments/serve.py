@@ -50,13 +50,9 @@ def main() -> int:
     if port_is_taken(settings.port):
         print(f"error: port {settings.port} of 127.0.0.1 is in use; choose another with PORT=", file=sys.stderr)
         return 2
-    stop = threading.Event()
-
-    def request_stop(_signal: int, _frame: FrameType | None) -> None:
-        stop.set()
-
+    stop = Stop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, request_stop)
+        signal.signal(number, stop.request)
     data = settings.config.data_folder
     data.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="ray-") as spare:
@@ -68,8 +64,28 @@ def main() -> int:
             return 1
 
 
-def run(settings: LaunchSettings, ray_folder: Path, stop: threading.Event, started: float) -> int:
-    """Serve until ``stop`` is set, then end every process that was started here."""
+class Stop:
+    """A request to stop, by signal. While the server starts it interrupts; later it is waited for."""
+
+    def __init__(self) -> None:
+        self._requested = threading.Event()
+        self._serving = False
+
+    def request(self, _signal: int, _frame: FrameType | None) -> None:
+        """The signal handler. Only the first signal counts: the others would interrupt the cleaning up."""
+        if not self._requested.is_set():
+            self._requested.set()
+            if not self._serving:
+                raise KeyboardInterrupt
+
+    def wait(self) -> None:
+        """The server has started: wait for the request."""
+        self._serving = True
+        self._requested.wait()
+
+
+def run(settings: LaunchSettings, ray_folder: Path, stop: Stop, started: float) -> int:
+    """Serve until ``stop`` is requested, then end every process that was started here."""
     token = ray_folder / "auth_token"
     ray_folder.mkdir(parents=True, exist_ok=True)
     set_environment(QUIET_RAY | environment(1) | ray_authentication(token))
@@ -78,24 +94,33 @@ def run(settings: LaunchSettings, ray_folder: Path, stop: threading.Event, start
     from ray import serve
 
     from serve_app import app
+    from serve_app.keys import ADMIN, GENERATE
+    from serve_app.resources import open_resources
 
-    key = prepare(settings)
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        log_to_driver=False,
-        _node_ip_address="127.0.0.1",  # nothing of this Ray is meant for the network
-        logging_level=logging.ERROR,
-        _temp_dir=str(ray_folder),
-    )
+    resources = open_resources(settings.config)
+    key, principal = resources.keys.create("make serve", "default", (GENERATE, ADMIN), settings.key)
     try:
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _node_ip_address="127.0.0.1",  # nothing of this Ray is meant for the network
+            _temp_dir=str(ray_folder),
+        )
         serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": settings.port})
         serve.run(app(for_this_machine(settings.config)), name="controlnet", route_prefix="/")
         print(banner(settings, key, time.monotonic() - started), flush=True)
         stop.wait()
-        print("stopping ...", flush=True)
+    except KeyboardInterrupt:
+        pass  # asked to stop while it was starting
     finally:
-        serve.shutdown()
+        print("stopping ...", flush=True)
+        if settings.key is None:
+            resources.keys.revoke(principal.key_id)  # it was made for this run
+        resources.database.close()
+        if ray.is_initialized():
+            serve.shutdown()
         ray.shutdown()
     return 0
 
@@ -109,19 +134,6 @@ def port_is_taken(port: int) -> bool:
         except OSError:
             return True
     return False
-
-
-def prepare(settings: LaunchSettings) -> str:
-    """Bring the database up to date and return the API key that will be accepted."""
-    from serve_app.keys import ADMIN, GENERATE
-    from serve_app.resources import open_resources
-
-    resources = open_resources(settings.config)
-    try:
-        key, _ = resources.keys.create("make serve", "default", (GENERATE, ADMIN), settings.key)
-    finally:
-        resources.database.close()
-    return key
 
 
 def ray_authentication(token_file: Path) -> dict[str, str]:

@@ -110,16 +110,13 @@ async def local_server(
 
     ``backend``: another backend than this process; it stays its owner's to close.
     """
+    meter = meter or PrometheusMeter()
     resources = await asyncio.to_thread(open_resources, config)
     await asyncio.to_thread(publish_all, config, resources.catalog)
-    own = (
-        LocalBackend(config, resources.catalog, resources.objects, meter or PrometheusMeter()) if not backend else None
-    )
+    own = LocalBackend(config, resources.catalog, resources.objects, meter) if not backend else None
     used: Backend = backend or own  # type: ignore[assignment]  # one of the two is there
     client = GuardedClient(config.fetch)
-    dispatcher = Dispatcher(
-        config, resources.jobs, resources.objects, used, client, meter or PrometheusMeter(), f"local-{os.getpid()}"
-    )
+    dispatcher = Dispatcher(config, resources.jobs, resources.objects, used, client, meter, f"local-{os.getpid()}")
 
     async def nudge() -> None:
         dispatcher.nudge()

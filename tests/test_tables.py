@@ -1,0 +1,91 @@
+"""The tables that people add rows to: every row is complete and refers only to what exists."""
+
+import importlib
+
+import diffusers
+import pytest
+from prometheus_client import generate_latest
+
+from deployments.observability import RayMeter
+from serve_app.annotators import ANNOTATORS
+from serve_app.controls import CONTROL_TYPES, annotatable_types, control_type_problem
+from serve_app.metrics import METRICS, Meter, PrometheusMeter
+from serve_app.schedulers import ALGORITHM_TYPES, DEFAULT_SCHEDULER, SCHEDULERS, available_schedulers, scheduler_problem
+from serve_app.storage import STORAGES, open_store
+
+
+@pytest.mark.parametrize("name", CONTROL_TYPES)
+def test_control_types(name: str) -> None:
+    row = CONTROL_TYPES[name]
+    assert row.nets, "no family has a ControlNet for it"
+    assert control_type_problem(name, auto_hint=False) is None
+    if row.annotator is None:
+        assert row.missing in str(control_type_problem(name, auto_hint=True))
+    else:
+        assert row.annotator in ANNOTATORS
+        assert name in annotatable_types()
+
+
+@pytest.mark.parametrize("name", ANNOTATORS)
+def test_annotators_can_be_imported_and_say_what_their_parameters_mean(name: str) -> None:
+    row = ANNOTATORS[name]
+    module, _, function = row.target.partition(":")
+    assert callable(getattr(importlib.import_module(module), function))
+    for param in row.params:
+        assert param.minimum <= param.default <= param.maximum
+        assert param.help
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedulers(name: str) -> None:
+    row = SCHEDULERS[name]
+    if not row.available:
+        assert "not available" in str(scheduler_problem(name))
+        return
+    assert scheduler_problem(name) is None
+    scheduler = getattr(diffusers, row.class_name).from_config({}, **row.options)
+    accepted = set(scheduler.config)
+    assert set(row.options) <= accepted
+    assert row.karras == ("use_karras_sigmas" in accepted)
+    assert set(row.algorithm_types) <= set(ALGORITHM_TYPES)
+
+
+def test_unknown_names_are_answered_with_the_known_ones() -> None:
+    assert DEFAULT_SCHEDULER in available_schedulers()
+    assert all(name in str(scheduler_problem("Nonsense")) for name in available_schedulers())
+    assert all(name in str(control_type_problem("nonsense", auto_hint=True)) for name in CONTROL_TYPES)
+
+
+@pytest.mark.parametrize("scheme", STORAGES)
+def test_storages_keep_what_they_are_given(scheme: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    store = open_store(f"{scheme}://{tmp_path_factory.mktemp(scheme)}")
+    store.put("a/b-1/c.png", b"0123456789", "image/png")
+    assert store.get("a/b-1/c.png") == b"0123456789"
+    assert store.get_range("a/b-1/c.png", 2, 4) == b"234"
+    info = store.info("a/b-1/c.png")
+    assert info is not None
+    assert (info.size_bytes, info.content_type) == (10, "image/png")
+    store.delete_prefix("a/b-1")
+    assert store.info("a/b-1/c.png") is None
+    store.delete("a/b-1/c.png")
+    with pytest.raises(KeyError):
+        store.get("a/b-1/c.png")
+
+
+def record(meter: Meter, name: str) -> None:
+    spec = METRICS[name]
+    labels = dict.fromkeys(spec.labels, "x")
+    if spec.kind == "counter":
+        meter.count(name, 2, **labels)
+    elif spec.kind == "gauge":
+        meter.set(name, 2, **labels)
+    else:
+        meter.observe(name, 2, **labels)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_metrics_are_recorded_by_both_meters(name: str) -> None:
+    meter = PrometheusMeter()
+    record(meter, name)
+    assert f"controlnet_{name}" in generate_latest(meter.registry).decode()
+    record(RayMeter(), name)  # refuses labels that are not declared
