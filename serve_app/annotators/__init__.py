@@ -71,7 +71,7 @@ def annotate(task: AnnotationTask, image: ImageArray, mask: ImageArray | None) -
     row = ANNOTATORS[kind.annotator]
     source = Source(
         image=resize_image(image, task.width, task.height),
-        mask=None if mask is None else resize_map(mask, task.width, task.height, lines=True),
+        mask=None if mask is None else resize_image(mask, task.width, task.height),
         seed=task.seed,
         params=row.read(task.params),
     )

@@ -8,7 +8,8 @@ from serve_app.annotators.source import Source
 from serve_app.errors import JobError
 from serve_app.tasks import ControlMap
 
-_MASKED_ABOVE = 127
+_MASKED_FROM = 128
+"""One half of 255, rounded up: where the engine cuts its mask."""
 
 
 def tile(source: Source) -> ControlMap:
@@ -47,11 +48,13 @@ def _smooth_noise(random: np.random.Generator, height: int, width: int, scale: i
 def inpaint(source: Source) -> ControlMap:
     """(H, W, 3) float32: the picture in 0..1, -1 where the mask says repaint.
 
+    The mask is resized and cut as the engine does with its own: both mean the same pixels.
+
     Raises:
         JobError: there is no mask.
     """
     if source.mask is None:
         raise JobError("The control type inpaint needs a mask_image.")
     control_map = source.image.astype(np.float32) / 255
-    control_map[source.mask > _MASKED_ABOVE] = -1
+    control_map[source.mask >= _MASKED_FROM] = -1
     return control_map

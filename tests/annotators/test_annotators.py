@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import skimage.data
 import skimage.transform
+from diffusers.image_processor import VaeImageProcessor
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -231,6 +232,15 @@ class TestInpaint:
         control_map = made("inpaint", photo(), (100, 60), mask)
         assert (control_map[:, 50:] == -1).all()
         assert (control_map[:, :50] >= 0).all()
+
+    @pytest.mark.parametrize(("width", "height"), [(128, 96), (64, 512), (256, 64)])
+    def test_the_hole_is_the_mask_that_diffusers_blends_with(self, width: int, height: int) -> None:
+        processor = VaeImageProcessor(do_normalize=False, do_binarize=True, do_convert_grayscale=True)
+        strokes = np.random.default_rng(3).integers(0, 256, (150, 170), dtype=np.uint8)
+        for mask in (strokes, strokes[:20, :30], np.tile(np.arange(256, dtype=np.uint8), (7, 1)), hole()):
+            blended = processor.preprocess(Image.fromarray(mask), height, width)[0, 0].numpy()
+            control_map = made("inpaint", photo(), (width, height), mask)
+            assert np.array_equal((control_map == -1).all(axis=2), blended == 1)
 
     @pytest.mark.parametrize("auto_hint", [True, False])
     def test_without_a_mask_it_says_so(self, auto_hint: bool) -> None:
