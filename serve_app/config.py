@@ -166,8 +166,10 @@ class DenoiserConfig(ReplicaConfig):
     """Rows of one UNet forward at most."""
     max_latent_area: Count = 16 * 128 * 128
     """Rows x latent height x latent width of one UNet forward at most."""
-    max_running: Count = 32
-    """Requests that hold engine state at once."""
+    max_running: Count = 16
+    """Requests that hold engine state at once. The oldest finish first and one that guides fills two rows, so that
+    ``max_rows / 2`` requests fill a forward; twice that covers those that encode or decode, more would only hold
+    memory."""
     waiting_room: Annotated[int, Field(ge=0)] = 4
     """Requests a replica takes beyond that, so that it never runs dry."""
     model_memory_bytes: Count = 16 * 1024**3
@@ -203,7 +205,9 @@ class DispatcherConfig(ReplicaConfig):
     max_jobs: Count = 512
     """Jobs one dispatcher drives at once."""
     max_attempts: Count = 5
-    attempt_timeout_s: Seconds = 900.0
+    attempt_timeout_s: Seconds = 21_600.0
+    """A last resort against a call that was lost without a word. An attempt's time covers waiting for a replica and
+    for the engine, however long the queue there is; a replica that hangs is found by its own health check."""
 
 
 class SafetyConfig(Section):

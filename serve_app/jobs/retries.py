@@ -36,15 +36,16 @@ def after_loss(job: Job, error: RetryableError | TimeoutError, max_attempts: int
 
     - The worker died, or its accelerator ran out of memory, among neighbours: any of them may be the cause. The job
       is a suspect and runs alone from now on; nothing is charged yet.
-    - The same while alone: it was this job. That is charged, and so is an attempt that ran out of time.
-    - Everything else (back pressure, deploys, a lost control map, a lost store) is charged to nobody.
+    - The same while alone: it was this job. That is charged.
+    - Everything else (back pressure, deploys, a lost control map, a lost store, an attempt that ran out of time, for
+      most of it may have been spent waiting) is charged to nobody and bounded by ``ATTEMPTS_BOUND``.
 
     ``max_attempts`` counts charged attempts, and the one that raised the suspicion.
     """
     if job.attempt >= ATTEMPTS_BOUND:
         return GiveUp(f"The job was interrupted {job.attempt} times; the last time: {_reason(error)}")
     harmful = isinstance(error, WorkerLost | OutOfMemory)
-    charged = int((harmful and job.suspect) or isinstance(error, TimeoutError))
+    charged = int(harmful and job.suspect)
     suspect = job.suspect or harmful
     if charged and job.charged + charged + int(suspect) >= max_attempts:
         return GiveUp(f"The job was tried {max_attempts} times and failed each time: {_reason(error)}")

@@ -185,13 +185,13 @@ async def test_an_error_that_no_retry_would_mend(
     assert (ended.status, ended.error, ended.attempt) == (JobStatus.FAILED, message, 1)
 
 
-async def test_an_attempt_that_takes_too_long_is_stopped_and_charged(
+async def test_an_attempt_that_takes_too_long_is_stopped_and_charged_to_nobody(
     start: Start, store: JobStore, backend: ScriptedBackend
 ) -> None:
     backend.script = [HANG]
     async with start(attempt_timeout_s=0.3):
         ended = await end_of(store, store.submit(ALICE, make_spec()))
-    assert (ended.status, ended.attempt, ended.charged, ended.suspect) == (JobStatus.SUCCESS, 2, 1, False)
+    assert (ended.status, ended.attempt, ended.charged, ended.suspect) == (JobStatus.SUCCESS, 2, 0, False)
     assert [ref.attempt for ref in backend.cancelled] == [1]
 
 

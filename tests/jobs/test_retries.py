@@ -29,7 +29,8 @@ def job(attempt: int = 1, charged: int = 0, *, suspect: bool = False) -> Job:
         (job(), OutOfMemory(), True, 0),
         (job(suspect=True), WorkerLost(), True, 1),
         (job(suspect=True), OutOfMemory(), True, 1),
-        (job(), TimeoutError(), False, 1),
+        (job(), TimeoutError(), False, 0),
+        (job(suspect=True), TimeoutError(), True, 0),
         (job(), WorkerBusy(), False, 0),
         (job(), InputLost(), False, 0),
         (job(), RetryableError(), False, 0),
@@ -45,7 +46,8 @@ def test_who_is_charged(before: Job, error: RetryableError | TimeoutError, suspe
 
 
 @pytest.mark.parametrize(
-    ("error", "deaths"), [(WorkerLost(), 5), (OutOfMemory(), 5), (TimeoutError(), 5), (WorkerBusy(), ATTEMPTS_BOUND)]
+    ("error", "deaths"),
+    [(WorkerLost(), 5), (OutOfMemory(), 5), (TimeoutError(), ATTEMPTS_BOUND), (WorkerBusy(), ATTEMPTS_BOUND)],
 )
 def test_how_often_a_hopeless_job_is_tried(error: RetryableError | TimeoutError, deaths: int) -> None:
     current = job()
