@@ -18,6 +18,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
+import psutil
+
 from deployments.environment import environment
 from serve_app.config import AppConfig, LaunchSettings, ReplicaConfig, launch_settings, set_environment
 from serve_app.errors import ConfigError, ServeError
@@ -26,6 +28,7 @@ MAX_RAY_FOLDER = 40
 """Characters: Ray puts unix sockets 65 characters below its folder, and their path may have 107."""
 
 SHUTDOWN_S = 4.0
+CHILDREN_S = 3.0
 
 R = TypeVar("R", bound=ReplicaConfig)
 
@@ -62,6 +65,20 @@ def main() -> int:
         except ServeError as error:
             print(f"error: {error.message}", file=sys.stderr)
             return 1
+        except KeyboardInterrupt:
+            return 0  # asked to stop while it was starting
+        finally:
+            end_children()
+
+
+def end_children() -> None:
+    """End what is left of the processes that this one started: Ray loses some when its start is interrupted."""
+    left = psutil.Process().children(recursive=True)
+    for process in left:
+        process.terminate()
+    _, stubborn = psutil.wait_procs(left, timeout=CHILDREN_S)
+    for process in stubborn:
+        process.kill()
 
 
 class Stop:
@@ -112,8 +129,6 @@ def run(settings: LaunchSettings, ray_folder: Path, stop: Stop, started: float) 
         serve.run(app(for_this_machine(settings.config)), name="controlnet", route_prefix="/")
         print(banner(settings, key, time.monotonic() - started), flush=True)
         stop.wait()
-    except KeyboardInterrupt:
-        pass  # asked to stop while it was starting
     finally:
         print("stopping ...", flush=True)
         if settings.key is None:

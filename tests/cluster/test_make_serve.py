@@ -43,20 +43,29 @@ class Started:
         return not alive and self.process.wait() == 0
 
 
-@contextmanager
-def started(data: Path) -> Iterator[Started]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def launch(data: Path, port: int) -> "subprocess.Popen[str]":
     environ = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environ |= {"PORT": str(port), "DATA": str(data), "KEY": KEY}
-    with subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, "-m", "deployments.serve"],
         env=environ,
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
-    ) as process:
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextmanager
+def started(data: Path) -> Iterator[Started]:
+    port = free_port()
+    with launch(data, port) as process:
         assert process.stdout is not None
         banner = ""
         while "Ctrl-C" not in banner:
@@ -81,6 +90,31 @@ def test_the_printed_curl_works_and_ctrl_c_ends_everything(tmp_path: Path) -> No
         assert server.http.get("/readyz").status_code == 200
         assert (tmp_path / "jobs.sqlite3").exists()
         assert server.ends_clean()
+
+
+def test_ctrl_c_while_it_starts_ends_everything(tmp_path: Path) -> None:
+    with launch(tmp_path, free_port()) as process:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("jobs.sqlite3")):  # made just before Ray is started
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(1.5)
+        family = psutil.Process(process.pid).children(recursive=True)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(STOP_S) == 0
+        _, alive = psutil.wait_procs(family, timeout=1)
+        assert not alive
+        output = process.stdout.read() if process.stdout else ""
+        assert "API key" not in output
+
+
+def test_a_port_in_use_is_said_at_once(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with launch(tmp_path, taken.getsockname()[1]) as process:
+            assert process.wait(60) == 2
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.full
