@@ -32,7 +32,8 @@ def mean_run_s() -> sa.ScalarSelect[float | None]:
 
 
 def waiting_line(*conditions: sa.ColumnElement[bool]) -> sa.Subquery:
-    """Queued jobs that meet ``conditions``: ``id``, and ``place``, from 1 for the next job to run.
+    """Queued jobs that meet ``conditions``: ``id``; ``place``, from 1 for the next job to run; ``suspect``; and
+    ``place_of_kind``, the place among suspects or among all others.
 
     Turns between tenants are fair: a tenant's n-th waiting job has turn n plus the number of jobs the tenant has
     running already. Lower turns go first, the older job within a turn: a tenant alone gets everything, two share
@@ -49,11 +50,16 @@ def waiting_line(*conditions: sa.ColumnElement[bool]) -> sa.Subquery:
         sa.select(
             jobs.c.id,
             jobs.c.created_at,
+            jobs.c.suspect,
             (own_place + sa.func.coalesce(running.c.count, 0)).label("turn"),
         )
         .outerjoin(running, running.c.tenant == jobs.c.tenant)
         .where(jobs.c.status == JobStatus.QUEUED, *conditions)
         .subquery("turns")
     )
-    place = sa.func.row_number().over(order_by=[turns.c.turn, turns.c.created_at, turns.c.id])
-    return sa.select(turns.c.id, place.label("place")).subquery("line")
+    order = [turns.c.turn, turns.c.created_at, turns.c.id]
+    place = sa.func.row_number().over(order_by=order)
+    place_of_kind = sa.func.row_number().over(partition_by=turns.c.suspect, order_by=order)
+    return sa.select(turns.c.id, turns.c.suspect, place.label("place"), place_of_kind.label("place_of_kind")).subquery(
+        "line"
+    )

@@ -171,9 +171,15 @@ class JobStore:
     # Attempts
 
     def claim(self, dispatcher: str, count: int, capacity: int, lease_s: float) -> tuple[Job, ...]:
-        """Give up to ``count`` jobs to a dispatcher, while the whole cluster runs no more than ``capacity``."""
+        """Give up to ``count`` jobs to a dispatcher, while the whole cluster runs no more than ``capacity``.
+
+        At most one suspect runs in the whole cluster: were there two, one that kills the replica on which the other
+        waits for its turn would put the blame on both.
+        """
         line = waiting_line(jobs.c.not_before <= self._database.now_sql())
         running = sa.select(sa.func.count()).where(jobs.c.status == JobStatus.PROCESSING)
+        processing = jobs.alias("processing")
+        suspect_runs = sa.exists().where(processing.c.status == JobStatus.PROCESSING, processing.c.suspect)
         with self._database.transaction() as connection:
             self._database.lock(connection, _CLAIM_LOCK)
             free = min(count, capacity - connection.execute(running).scalar_one())
@@ -182,7 +188,10 @@ class JobStore:
             chosen = connection.scalars(
                 sa.select(jobs.c.id)
                 .join(line, line.c.id == jobs.c.id)
-                .where(jobs.c.status == JobStatus.QUEUED)
+                .where(
+                    jobs.c.status == JobStatus.QUEUED,
+                    sa.or_(sa.not_(line.c.suspect), sa.and_(line.c.place_of_kind == 1, sa.not_(suspect_runs))),
+                )
                 .order_by(line.c.place)
                 .limit(free)
                 .with_for_update(of=jobs, skip_locked=True)  # a row that is being cancelled is not waited for

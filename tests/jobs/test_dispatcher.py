@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pytest
 import sqlalchemy as sa
@@ -27,6 +27,7 @@ from serve_app.jobs.lifecycle import JobWaiter, submit
 from serve_app.jobs.store import JobStore
 from serve_app.metrics import PrometheusMeter
 from serve_app.storage.local import LocalStore
+from serve_app.tasks import AttemptRef, GenerationResult
 from serve_app.webhooks import secret_bytes, signature
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
@@ -166,6 +167,53 @@ async def test_a_job_that_kills_every_worker_is_given_up(
     assert "tried 3 times" in (ended.error or "")
     assert [ref.alone for ref in backend.attempts] == [False, True, True]
     assert stored() == set()
+
+
+class SharedReplica(ScriptedBackend):
+    """One replica that holds all jobs, and dies with all of them when the job ``poison`` is drawn.
+
+    A job that shall run alone waits there until the replica has nothing else to draw.
+    """
+
+    def __init__(self, objects: LocalStore) -> None:
+        super().__init__(objects)
+        self.poison = 0
+        self._engine = asyncio.Lock()
+        self._died = asyncio.Event()
+
+    async def generate(self, ref: AttemptRef, *args: Any, **more: Any) -> GenerationResult:
+        death = asyncio.create_task(self._died.wait())
+        drawing = asyncio.create_task(self._draw(ref, *args, **more))
+        await asyncio.wait([death, drawing], return_when=asyncio.FIRST_COMPLETED)
+        if death.done():
+            drawing.cancel()
+            raise WorkerLost
+        death.cancel()
+        return drawing.result()
+
+    async def _draw(self, ref: AttemptRef, *args: Any, **more: Any) -> GenerationResult:
+        async with self._engine:
+            await asyncio.sleep(0.05)
+            if ref.job_id == self.poison:
+                dead, self._died = self._died, asyncio.Event()
+                dead.set()
+                await asyncio.sleep(10)
+            return await super().generate(ref, *args, **more)
+
+
+async def test_only_the_poison_among_suspects_fails(any_store: JobStore, objects: LocalStore) -> None:
+    backend = SharedReplica(objects)
+    submitted = [any_store.submit(ALICE, make_spec()) for _ in range(8)]
+    backend.poison = submitted[0].id
+    meter = PrometheusMeter(CollectorRegistry())
+    async with (
+        running(any_store, objects, backend, meter, "one", max_attempts=3, lease_s=5.0),
+        running(any_store, objects, backend, meter, "two", max_attempts=3, lease_s=5.0),
+    ):
+        poison, *innocent = [await end_of(any_store, job, 30.0) for job in submitted]
+    assert (poison.status, poison.charged) == (JobStatus.FAILED, 1)
+    assert {(job.status, job.charged) for job in innocent} == {(JobStatus.SUCCESS, 0)}
+    assert any(job.suspect for job in innocent)
 
 
 @pytest.mark.parametrize(

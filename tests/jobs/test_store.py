@@ -134,6 +134,18 @@ def test_the_cluster_runs_no_more_than_its_capacity(any_store: JobStore) -> None
     assert len(any_store.claim("two", 10, 3, 60.0)) == 1
 
 
+def test_one_suspect_runs_at_a_time_and_holds_up_nobody_else(any_store: JobStore) -> None:
+    suspects = [any_store.submit(ALICE, make_spec()).id for _ in range(3)]
+    for job in claim(any_store, 3):
+        any_store.release(job.id, job.attempt, suspect=True)
+    others = [any_store.submit(BOB, make_spec()).id for _ in range(2)]
+    first, *rest = sorted(claim(any_store, 10), key=lambda job: not job.suspect)
+    assert (first.id, {job.id for job in rest}) == (suspects[0], set(others))
+    assert claim(any_store, 10, "two") == ()
+    any_store.finish(first.id, first.attempt, RESULT)
+    assert [job.id for job in claim(any_store, 10, "two")] == [suspects[1]]
+
+
 def test_an_overtaken_attempt_changes_nothing(any_store: JobStore) -> None:
     job = any_store.submit(ALICE, make_spec())
     old = claim_one(any_store)
