@@ -77,14 +77,14 @@ def encode_png(array: Pixels) -> bytes:
 
 
 def resize_image(array: Pixels, width: int, height: int) -> Pixels:
-    """A photo at another size, aspect not kept: Lanczos, with the area behind a shrunken pixel taken into account."""
+    """A photo or a mask at another size, aspect not kept: Lanczos over the area behind each pixel, as in diffusers."""
     return _resized(array, width, height, Image.Resampling.LANCZOS)
 
 
 def resize_map(array: Pixels, width: int, height: int, *, lines: bool) -> Pixels:
-    """A control map or a mask at another size, aspect not kept.
+    """A control map at another size, aspect not kept.
 
-    With ``lines`` (edges, poses, flat class colours, masks) each axis that grows repeats pixels and each that shrinks
+    With ``lines`` (edges, poses, flat class colours) each axis that grows repeats pixels and each that shrinks
     averages them: growing invents no grey seams, shrinking drops no thin line. Otherwise (depth, normals, soft
     edges) as ``resize_image``.
     """

@@ -15,12 +15,12 @@ from typing import cast
 import numpy as np
 
 from serve_app.annotators.source import Annotator, AnnotatorRow, Param, Source
-from serve_app.controls import CONTROL_TYPES, control_type_problem
+from serve_app.controls import CONTROL_TYPES, ControlType, control_type_problem
 from serve_app.errors import AnnotatorUnavailable
 from serve_app.images import resize_image, resize_map
 from serve_app.tasks import AnnotationInfo, AnnotationTask, ControlMap, ImageArray
 
-__all__ = ["ANNOTATORS", "Annotator", "AnnotatorRow", "Param", "Source", "annotate"]
+__all__ = ["ANNOTATORS", "Annotator", "AnnotatorRow", "Param", "Source", "annotate", "keeps_lines"]
 
 ANNOTATORS: Mapping[str, AnnotatorRow] = {
     "canny": AnnotatorRow(
@@ -65,12 +65,12 @@ def annotate(task: AnnotationTask, image: ImageArray, mask: ImageArray | None) -
     if problem is not None:
         raise AnnotatorUnavailable(problem)
     kind = CONTROL_TYPES[task.control_type]
-    if kind.annotator is None or not (task.auto_hint or kind.needs_mask):
-        control_map = resize_map(image, task.width, task.height, lines=kind.lines)
-        return control_map, AnnotationInfo(control_type=task.control_type, annotator="none", empty=_empty(control_map))
+    image = resize_map(image, task.width, task.height, lines=keeps_lines(task.control_type, task.auto_hint))
+    if kind.annotator is None or _is_sent(kind, task.auto_hint):
+        return image, AnnotationInfo(control_type=task.control_type, annotator="none", empty=_empty(image))
     row = ANNOTATORS[kind.annotator]
     source = Source(
-        image=resize_image(image, task.width, task.height),
+        image=image,
         mask=None if mask is None else resize_image(mask, task.width, task.height),
         seed=task.seed,
         params=row.read(task.params),
@@ -79,6 +79,16 @@ def annotate(task: AnnotationTask, image: ImageArray, mask: ImageArray | None) -
     return control_map, AnnotationInfo(
         control_type=task.control_type, annotator=kind.annotator, params=source.params, empty=_empty(control_map)
     )
+
+
+def keeps_lines(control_type: str, auto_hint: bool) -> bool:
+    """How ``annotate`` resizes its picture: as a map of lines (True) or as a photo; for who wants it resized before."""
+    kind = CONTROL_TYPES[control_type]
+    return kind.lines and _is_sent(kind, auto_hint)
+
+
+def _is_sent(kind: ControlType, auto_hint: bool) -> bool:
+    return not (auto_hint or kind.needs_mask)
 
 
 def _empty(control_map: ControlMap) -> bool:

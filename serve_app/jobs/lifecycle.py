@@ -2,6 +2,9 @@
 
 What a job needs is fixed and stored before it is accepted, or at its first attempt, so that every later attempt draws
 the same pictures.
+
+Memory: no more than ``DECODES_AT_ONCE`` pictures of all attempts are at their own size at a time. Each is brought to
+the output's size at once, with the resampling that its user would apply, and only that is kept while the attempt runs.
 """
 
 import asyncio
@@ -10,25 +13,30 @@ import hashlib
 import logging
 import time
 from collections.abc import Coroutine, Iterable, Mapping
-from dataclasses import dataclass
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from serve_app.annotators import keeps_lines
 from serve_app.backend import Annotation, Backend
 from serve_app.config import ImageLimits
 from serve_app.controls import CONTROL_TYPES
 from serve_app.errors import FetchFailed, ImageRejected, JobError, NotFound, RetryableError, WorkerBusy
-from serve_app.images import decode_image, decode_mask
+from serve_app.images import decode_image, decode_mask, resize_map
 from serve_app.jobs.job import InputRef, Job, JobResult, JobSpec
 from serve_app.jobs.store import JobStore
 from serve_app.keys import Principal
 from serve_app.storage import ObjectStore
-from serve_app.tasks import AnnotationTask, AttemptRef, ControlInput, ImageArray, Mode
+from serve_app.tasks import AnnotationTask, AttemptRef, ImageArray, Mode
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+DECODES_AT_ONCE = 2
+"""A picture at the pixel limit takes some hundred MB while it is decoded."""
 
 _BYTES = "application/octet-stream"
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -169,6 +177,8 @@ class Workshop:
     backend: Backend
     fetcher: Fetcher
     limits: ImageLimits
+    decoders: Executor = field(default_factory=lambda: ThreadPoolExecutor(DECODES_AT_ONCE, "decode"))
+    """Where pictures are decoded. Not a semaphore: a cancelled attempt would let go of it while its thread decodes."""
 
 
 async def run_attempt(shop: Workshop, job: Job) -> JobResult:
@@ -181,16 +191,15 @@ async def run_attempt(shop: Workshop, job: Job) -> JobResult:
     """
     started = time.monotonic()
     task = job.spec.task
-    needed = _needed_fields(job.spec)
-    pictures = dict(zip(needed, await _gather(_picture(shop, job, field) for field in needed), strict=True))
-    mask = pictures.get("mask_image")
+    loaded = await _gather(_load(shop, job, name, ways) for name, ways in _needed(job.spec).items())
+    pictures = {use: pixels for uses in loaded for use, pixels in uses.items()}
     maps = await _control_maps(shop.backend, job.spec, pictures)
     result = await shop.backend.generate(
         attempt_ref(job),
         task,
         job.spec.output,
-        pictures["init_image"] if task.mode is not Mode.TEXT else None,
-        mask if task.mode is Mode.MASKED else None,
+        pictures["init_image", False] if task.mode is not Mode.TEXT else None,
+        pictures["mask_image", False] if task.mode is Mode.MASKED else None,
         maps,
     )
     return JobResult(
@@ -207,46 +216,70 @@ def attempt_ref(job: Job) -> AttemptRef:
     return AttemptRef(job_id=job.id, attempt=job.attempt, alone=job.suspect)
 
 
-def _needed_fields(spec: JobSpec) -> tuple[str, ...]:
-    fields = dict.fromkeys(spec.control_sources)
+_Use = tuple[str, bool]
+"""An input field, and whether its picture is resized as a map of lines."""
+
+
+def _needed(spec: JobSpec) -> dict[str, set[bool]]:
+    """The input fields that the job uses, each with the ways in which it is resized."""
+    uses = _control_uses(spec)
     if spec.task.mode is not Mode.TEXT:
-        fields["init_image"] = None
+        uses.append(("init_image", False))
     if spec.task.mode is Mode.MASKED or any(CONTROL_TYPES[item.control_type].needs_mask for item in spec.task.controls):
-        fields["mask_image"] = None
-    return tuple(fields)
+        uses.append(("mask_image", False))
+    needed: dict[str, set[bool]] = {}
+    for name, lines in uses:
+        needed.setdefault(name, set()).add(lines)
+    return needed
 
 
-async def _picture(shop: Workshop, job: Job, field: str) -> ImageArray:
-    """A decoded input; every trouble with it names the field."""
-    decode = decode_mask if field == "mask_image" else decode_image
+def _control_uses(spec: JobSpec) -> list[_Use]:
+    """What each control looks at."""
+    return [
+        (source, keeps_lines(control.control_type, control.auto_hint))
+        for control, source in zip(spec.task.controls, spec.control_sources, strict=True)
+    ]
+
+
+async def _load(shop: Workshop, job: Job, name: str, ways: set[bool]) -> dict[_Use, ImageArray]:
+    """The picture of an input field at the output's size, once per way of resizing; every trouble names the field."""
+    decode = decode_mask if name == "mask_image" else decode_image
+    width, height = job.spec.task.width, job.spec.task.height
+
+    def fitted(key: str) -> dict[_Use, ImageArray]:
+        try:
+            data = shop.objects.get(key)
+        except KeyError as error:
+            raise JobError(f"The stored picture of {name} is missing.") from error
+        pixels = decode(data, shop.limits)
+        return {(name, lines): resize_map(pixels, width, height, lines=lines) for lines in ways}
+
     try:
-        return await asyncio.to_thread(decode, await _input_bytes(shop, job, field), shop.limits)
+        key = await _stored(shop, job, name)
+        return await asyncio.get_running_loop().run_in_executor(shop.decoders, fitted, key)
     except (FetchFailed, ImageRejected) as error:
-        raise type(error)(f"{error.message} ({field})") from error
+        raise type(error)(f"{error.message} ({name})") from error
     except OSError as error:
         if error.errno in _DISK_FULL:
-            raise JobError(f"The server has no space left to store {field}.") from error
+            raise JobError(f"The server has no space left to store {name}.") from error
         raise RetryableError(f"The object store cannot be used: {error}") from error
 
 
-async def _input_bytes(shop: Workshop, job: Job, field: str) -> bytes:
-    """Stored bytes if there are any; else those behind the link, which are stored for all later attempts."""
+async def _stored(shop: Workshop, job: Job, name: str) -> str:
+    """Key of an input's bytes. What only a link leads to is fetched and stored first, for all later attempts."""
     kept = await asyncio.to_thread(shop.store.inputs.of, job.id)
-    if field in kept:
-        try:
-            return await asyncio.to_thread(shop.objects.get, kept[field])
-        except KeyError as error:
-            raise JobError(f"The stored picture of {field} is missing.") from error
-    link = next((ref.url for ref in job.spec.inputs if ref.field == field), None)
+    if name in kept:
+        return kept[name]
+    link = next((ref.url for ref in job.spec.inputs if ref.field == name), None)
     if link is None:
-        raise JobError(f"The job names no picture for {field}.")
+        raise JobError(f"The job names no picture for {name}.")
     data = await shop.fetcher.get(link, shop.limits.max_bytes)
-    if not await asyncio.to_thread(_keep, shop, job, field, data):
+    if not await asyncio.to_thread(_keep, shop, job, name, data):
         raise RetryableError("the job was given to another attempt")
-    return data
+    return input_key(data)
 
 
-def _keep(shop: Workshop, job: Job, field: str, data: bytes) -> bool:
+def _keep(shop: Workshop, job: Job, name: str, data: bytes) -> bool:
     key = input_key(data)
 
     def confirm() -> None:
@@ -254,34 +287,33 @@ def _keep(shop: Workshop, job: Job, field: str, data: bytes) -> bool:
             shop.objects.put(key, data, _BYTES)
 
     shop.objects.put(key, data, _BYTES)
-    kept = shop.store.inputs.keep(job.id, job.attempt, field, key, confirm)
+    kept = shop.store.inputs.keep(job.id, job.attempt, name, key, confirm)
     if not kept:
         shop.store.inputs.drop_unclaimed((key,), shop.objects.delete)
     return kept
 
 
-async def _control_maps(backend: Backend, spec: JobSpec, pictures: Mapping[str, ImageArray]) -> tuple[Annotation, ...]:
+async def _control_maps(backend: Backend, spec: JobSpec, pictures: Mapping[_Use, ImageArray]) -> tuple[Annotation, ...]:
     """One annotation per control, in order; controls that ask for the same map share it."""
+    uses = _control_uses(spec)
     wanted = [
-        (control.control_type, control.auto_hint, source)
-        for control, source in zip(spec.task.controls, spec.control_sources, strict=True)
+        (control.control_type, control.auto_hint, use) for control, use in zip(spec.task.controls, uses, strict=True)
     ]
-    distinct = dict(zip(wanted, zip(spec.task.controls, spec.control_sources, strict=True), strict=True))
 
-    def annotate(control: ControlInput, source: str) -> Coroutine[None, None, Annotation]:
+    def annotate(control_type: str, auto_hint: bool, use: _Use) -> Coroutine[None, None, Annotation]:
         task = AnnotationTask(
-            control_type=control.control_type,
+            control_type=control_type,
             width=spec.task.width,
             height=spec.task.height,
             seed=spec.task.seed,
-            auto_hint=control.auto_hint,
+            auto_hint=auto_hint,
         )
-        mask = pictures["mask_image"] if CONTROL_TYPES[control.control_type].needs_mask else None
-        return backend.annotate(task, pictures[source], mask)
+        mask = pictures["mask_image", False] if CONTROL_TYPES[control_type].needs_mask else None
+        return backend.annotate(task, pictures[use], mask)
 
-    made = await _gather(annotate(control, source) for control, source in distinct.values())
-    maps = dict(zip(distinct, made, strict=True))
-    return tuple(maps[key] for key in wanted)
+    distinct = tuple(dict.fromkeys(wanted))
+    maps = dict(zip(distinct, await _gather(annotate(*one) for one in distinct), strict=True))
+    return tuple(maps[one] for one in wanted)
 
 
 async def _gather(steps: Iterable[Coroutine[None, None, T]]) -> list[T]:

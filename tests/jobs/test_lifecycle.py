@@ -1,9 +1,12 @@
 """Acceptance, waiting, and what one attempt fetches, annotates and draws."""
 
 import asyncio
+import dataclasses
 import errno
 import io
+import threading
 import time
+import tracemalloc
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -11,12 +14,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sqlalchemy as sa
+import torch
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from support.backend import ScriptedBackend
 from support.jobs import ALICE, BOB, RESULT, make_spec
 from support.web import LOCAL, WebServer, web_server
 
+from serve_app.annotators import annotate
 from serve_app.config import ImageLimits, LimitsConfig
+from serve_app.controls import CONTROL_TYPES, annotatable_types
 from serve_app.database import Database
 from serve_app.errors import (
     FetchFailed,
@@ -29,11 +36,12 @@ from serve_app.errors import (
     WorkerLost,
 )
 from serve_app.fetching import GuardedClient
+from serve_app.images import decode_image, decode_mask, encode_png
 from serve_app.jobs.job import InputRef, Job, JobStatus
-from serve_app.jobs.lifecycle import JobWaiter, Workshop, input_key, run_attempt, submit
+from serve_app.jobs.lifecycle import DECODES_AT_ONCE, JobWaiter, Workshop, input_key, run_attempt, submit
 from serve_app.jobs.store import JobStore
 from serve_app.storage.local import LocalStore
-from serve_app.tasks import Mode
+from serve_app.tasks import ControlInput, Mode
 
 
 def png(value: int = 128, size: tuple[int, int] = (32, 16)) -> bytes:
@@ -56,6 +64,20 @@ class FullStore(LocalStore):
             raise OSError(errno.ENOSPC, "No space left on device")
         self.room -= 1
         super().put(key, data, content_type)
+
+
+class SlowStore(LocalStore):
+    """Reading waits for ``go``; ``readers`` are in it."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.go = threading.Event()
+        self.readers = 0
+
+    def get(self, key: str) -> bytes:
+        self.readers += 1
+        assert self.go.wait(20)
+        return super().get(key)
 
 
 @pytest.fixture
@@ -202,12 +224,12 @@ async def test_an_attempt_makes_each_map_once_and_draws(shop: Workshop, backend:
     inline = {"init_image": png(10), "control_image.1": png(20, (8, 8))}
     await submit(shop.store, shop.objects, ALICE, spec, inline)
     result = await run_attempt(shop, claim(shop.store))
-    made = {task.control_type: (image.shape, mask) for task, image, mask in backend.annotated}
-    assert made == {"canny": ((16, 32, 3), None), "tile": ((8, 8, 3), None)}
+    made = {task.control_type: (image.shape, image.max(), mask) for task, image, mask in backend.annotated}
+    assert made == {"canny": ((64, 64, 3), 10, None), "tile": ((64, 64, 3), 20, None)}
     assert len(backend.annotated) == 2
     ((init_image, mask, maps),) = backend.drawn_with
     assert init_image is not None
-    assert init_image.shape == (16, 32, 3)
+    assert init_image.shape == (64, 64, 3)
     assert mask is None
     assert maps[0] == maps[2] != maps[1]
     assert [info.control_type for info in result.annotators] == ["canny", "tile", "canny"]
@@ -221,8 +243,76 @@ async def test_a_mask_reaches_the_inpaint_map_and_the_engine(shop: Workshop, bac
     await run_attempt(shop, claim(shop.store))
     (_, _, annotation_mask), (_, drawing_mask, _) = backend.annotated[0], backend.drawn_with[0]
     assert annotation_mask is not None
-    assert np.array_equal(annotation_mask, np.full((16, 32), 255))
+    assert np.array_equal(annotation_mask, np.full((64, 64), 255))
     assert drawing_mask is annotation_mask
+
+
+@pytest.mark.parametrize("size", [(150, 90), (20, 30), (64, 64)])
+async def test_pictures_at_the_outputs_size_change_no_map_and_no_latent(
+    shop: Workshop, backend: ScriptedBackend, size: tuple[int, int]
+) -> None:
+    """What gets the pictures as decoded and what gets them already resized make the same of them."""
+    random = np.random.default_rng(5)
+    photo, mask = (encode_png(random.integers(0, 256, (size[1], size[0], *rest), np.uint8)) for rest in ((3,), ()))
+    kinds = [(kind, True) for kind in annotatable_types()] + [(kind, False) for kind in CONTROL_TYPES]
+    controls = tuple(ControlInput(net="n", control_type=kind, auto_hint=hint) for kind, hint in kinds)
+    spec = make_spec(mode=Mode.MASKED)
+    spec = spec.model_copy(
+        update={
+            "task": spec.task.model_copy(update={"controls": controls}),
+            "control_sources": ("init_image",) * len(kinds),
+        }
+    )
+    await submit(shop.store, shop.objects, ALICE, spec, {"init_image": photo, "mask_image": mask})
+    await run_attempt(shop, claim(shop.store))
+    whole, whole_mask = decode_image(photo, shop.limits), decode_mask(mask, shop.limits)
+    assert {(task.control_type, task.auto_hint) for task, _, _ in backend.annotated} == set(kinds)
+    for task, image, fitted_mask in backend.annotated:
+        assert image.shape == (64, 64, 3)
+        assert np.array_equal(annotate(task, image, fitted_mask)[0], annotate(task, whole, whole_mask)[0]), task
+    ((drawn, drawn_mask, _),) = backend.drawn_with
+    assert drawn is not None
+    assert drawn_mask is not None
+    cut = VaeImageProcessor(do_normalize=False, do_binarize=True, do_convert_grayscale=True)
+    for processor, fitted, original in ((VaeImageProcessor(), drawn, whole), (cut, drawn_mask, whole_mask)):
+        tensors = [processor.preprocess(Image.fromarray(pixels), 64, 64) for pixels in (fitted, original)]
+        assert torch.equal(*tensors)
+
+
+async def test_few_pictures_of_an_attempt_are_at_their_own_size(shop: Workshop, backend: ScriptedBackend) -> None:
+    """Eight pictures of 12 MB: as many as are decoded at once take memory, all of them together are 96 MB."""
+    sources = tuple(f"control_image.{k}" for k in range(8))
+    spec = make_spec(controls=tuple(("tile", source) for source in sources))
+    inline = {source: png(k, (2000, 2000)) for k, source in enumerate(sources)}
+    await submit(shop.store, shop.objects, ALICE, spec, inline)
+    tracemalloc.start()
+    try:
+        await run_attempt(shop, claim(shop.store))
+        now, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert sorted(int(image[0, 0, 0]) for _, image, _ in backend.annotated) == list(range(8))
+    assert peak < 70_000_000
+    assert now < 5_000_000
+
+
+async def test_cancelled_attempts_do_not_widen_the_limit(shop: Workshop, tmp_path: Path) -> None:
+    """A thread can't be stopped: what it decodes counts until it is done, whoever still wants it."""
+    slow = SlowStore(tmp_path / "slow")
+    shop = dataclasses.replace(shop, objects=slow)
+    await submit(shop.store, slow, ALICE, make_spec(mode=Mode.IMAGE), {"init_image": png()})
+    job = claim(shop.store)
+    for _ in range(2 * DECODES_AT_ONCE):
+        attempt = asyncio.create_task(run_attempt(shop, job))
+        await asyncio.sleep(0.1)
+        attempt.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await attempt
+    last = asyncio.create_task(run_attempt(shop, job))
+    await asyncio.sleep(0.1)
+    assert slow.readers == DECODES_AT_ONCE
+    slow.go.set()
+    assert (await last).keys
 
 
 async def test_without_controls_only_the_engine_is_called(shop: Workshop, backend: ScriptedBackend) -> None:
