@@ -74,7 +74,7 @@ class Driver:
             await self._release(job, outcome)
         elif outcome is Interruption.RELEASED:
             await self._release(job, Again(suspect=job.suspect, charged=0, delay_s=0.0))
-        elif outcome is Interruption.LOST or not await self._write(lambda: self._end(job, outcome)):
+        elif outcome is Interruption.LOST or not await self._ended_by_us(job, outcome):
             logger.info("job %d: attempt %d was overtaken", job.id, job.attempt)
             await self._delete_files(ref)
         else:
@@ -131,6 +131,13 @@ class Driver:
         if isinstance(verdict, Again):
             self._meter.count("jobs_retried", reason=reason)
         return verdict
+
+    async def _ended_by_us(self, job: Job, outcome: JobResult | GiveUp | Interruption) -> bool:
+        if await self._write(lambda: self._end(job, outcome)):
+            return True
+        # A commit whose answer was lost looks like this too; only the attempt itself can have written its success.
+        found = await self._write(lambda: self._shop.store.get(job.id))
+        return found is not None and (found.status, found.attempt) == (JobStatus.SUCCESS, job.attempt)
 
     def _end(self, job: Job, outcome: JobResult | GiveUp | Interruption) -> bool:
         store = self._shop.store

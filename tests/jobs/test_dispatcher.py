@@ -22,7 +22,7 @@ from serve_app.database import Database, jobs
 from serve_app.errors import Cancelled, JobError, OutOfMemory, UnknownModel, WorkerBusy, WorkerLost
 from serve_app.fetching import GuardedClient
 from serve_app.jobs.dispatcher import Dispatcher
-from serve_app.jobs.job import Job, JobSpec, JobStatus
+from serve_app.jobs.job import Job, JobResult, JobSpec, JobStatus
 from serve_app.jobs.lifecycle import JobWaiter, submit
 from serve_app.jobs.store import JobStore
 from serve_app.metrics import PrometheusMeter
@@ -374,6 +374,33 @@ async def test_an_outage_of_the_database_ends_neither_the_loop_nor_a_job(
         assert (await end_of(store, store.submit(ALICE, make_spec()))).status is JobStatus.SUCCESS
     server.dispose()
     database.close()
+
+
+class LostAnswers(JobStore):
+    """The first ``finish`` is committed, then the connection breaks before the answer comes."""
+
+    finished = 0
+
+    def finish(self, job_id: int, attempt: int, result: JobResult) -> bool:
+        written = super().finish(job_id, attempt, result)
+        self.finished += 1
+        if self.finished == 1:
+            raise sa.exc.OperationalError("COMMIT", None, ConnectionResetError())
+        return written
+
+
+async def test_a_commit_whose_answer_was_lost_keeps_the_pictures(
+    database: Database, objects: LocalStore, backend: ScriptedBackend, registry: CollectorRegistry
+) -> None:
+    store = LostAnswers(database, LimitsConfig())
+    async with running(store, objects, backend, PrometheusMeter(registry), "one"):
+        job = store.submit(ALICE, make_spec())
+        await until(lambda: store.finished == 2)
+    ended = now(store, job)
+    assert ended.status is JobStatus.SUCCESS
+    assert ended.result is not None
+    assert objects.get(ended.result.keys[0]) == b"picture"
+    assert registry.get_sample_value("controlnet_jobs_ended_total", {"status": "success"}) == 1
 
 
 async def test_left_over_inputs_are_swept(
