@@ -20,7 +20,7 @@ from serve_app.config import DenoiserConfig
 from serve_app.engine.driver import Drawn, EngineDriver
 from serve_app.engine.engine import Engine
 from serve_app.engine.request import GenerationRequest, check_families
-from serve_app.errors import Cancelled, RetryableError
+from serve_app.errors import Cancelled, RetryableError, WorkerBusy, WorkerLost
 from serve_app.images import encode_png
 from serve_app.metrics import Meter
 from serve_app.models.components import BaseComponents, NetComponents
@@ -38,11 +38,11 @@ class ComponentSource(Protocol):
     def device(self) -> torch.device: ...
 
     async def base(self, model_id: str, /) -> AbstractContextManager[BaseComponents]:
-        """Raises ModelError."""
+        """Raises ModelError, RetryableError; WorkerLost means that the device is unusable from here on."""
         ...
 
     async def net(self, net_id: str, /) -> AbstractContextManager[NetComponents]:
-        """Raises ModelError."""
+        """As ``base``."""
         ...
 
     def loaded(self) -> tuple[str, ...]: ...
@@ -71,6 +71,7 @@ class ImageGenerator:
         self._calls: dict[tuple[int, int], set[asyncio.Event]] = {}
         self._generate_calls = 0
         self._loading = 0
+        self._broken: WorkerLost | None = None
 
     async def generate(
         self,
@@ -88,7 +89,7 @@ class ImageGenerator:
         Raises:
             JobError: the task cannot be done.
             Cancelled: ``cancel`` was called for this attempt.
-            RetryableError: the engine closed, ran out of memory, or the pictures could not be stored.
+            RetryableError: the engine closed or ran out of memory, the device broke, or a disk or database failed.
         """
         arrived = time.monotonic()
         self._generate_calls += 1
@@ -136,7 +137,9 @@ class ImageGenerator:
         )
 
     def check_health(self) -> None:
-        """Raises RuntimeError if the engine's thread is dead or has been in one step for two minutes."""
+        """Raises RuntimeError if the device broke, or the engine's thread is dead or stuck."""
+        if self._broken is not None:
+            raise RuntimeError(self._broken.message)
         problem = health_problem(self._driver.alive, self._driver.death, time.monotonic() - self._driver.heartbeat)
         if problem is not None:
             raise RuntimeError(problem)
@@ -183,6 +186,8 @@ class ImageGenerator:
         mask: ImageArray | None,
         maps: tuple[ControlMap, ...],
     ) -> GenerationRequest:
+        if self._broken is not None:
+            raise WorkerBusy("This replica's device broke; it is being replaced.")
         self._loading += 1
         try:
             base = leases.enter_context(await self._cache.base(task.model))
@@ -190,6 +195,9 @@ class ImageGenerator:
             for control in task.controls:
                 nets.append(leases.enter_context(await self._cache.net(control.net)))
                 check_families(base, nets)
+        except WorkerLost as error:
+            self._broken = error
+            raise
         finally:
             self._loading -= 1
         return GenerationRequest(ref, task, base, tuple(nets), init_image, mask, maps)

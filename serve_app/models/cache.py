@@ -15,9 +15,10 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 import torch
+from sqlalchemy.exc import SQLAlchemyError
 
 from serve_app.config import DenoiserConfig
-from serve_app.errors import ConfigError, WorkerBusy, one_of
+from serve_app.errors import ConfigError, RetryableError, WorkerBusy, one_of
 from serve_app.models.catalog import Catalog, ModelEntry, ModelType
 from serve_app.models.components import BaseComponents, NetComponents
 from serve_app.models.loading import load_base, load_net
@@ -95,7 +96,9 @@ class ComponentCache:
         Raises:
             ModelError: it is unknown, or can't be loaded (see ``loading.load_base``).
             OutOfMemory: there is no room for it on the device.
+            WorkerLost: the device broke while it was loaded.
             WorkerBusy: the cache is closed.
+            RetryableError: the catalogue or the files can't be read at the moment.
         """
         return await self._lease(id, ModelType.BASE)
 
@@ -121,7 +124,10 @@ class ComponentCache:
         self._loader.shutdown()
 
     async def _lease(self, id: str, kind: ModelType) -> Lease[Any]:  # noqa: A002
-        entry = await asyncio.to_thread(self._catalog.get, id, kind)
+        try:
+            entry = await asyncio.to_thread(self._catalog.get, id, kind)
+        except SQLAlchemyError as error:
+            raise RetryableError(f"The catalogue cannot be read now: {type(error).__name__}") from error
         slot = self._pin(entry)
         try:
             # Shielded: one waiter that gives up must not take the load from the others.

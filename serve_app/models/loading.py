@@ -1,10 +1,15 @@
 """From a catalogue entry to modules in memory: diffusers and transformers from a local folder, safetensors only.
 
 Every load is checked against the catalogue: the same files, no parameter left to chance, the family that was promised.
+
+What fails is told apart by whose fault it is. A folder that is damaged or lacks a file fails the job: another try would
+end the same way. A disk that gives errors, or a folder that is not there at all, which is what a share that is not
+mounted looks like, fails nobody: the job runs again, perhaps on another node, and the bound on attempts ends it.
 """
 
+import errno
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,15 +20,19 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from serve_app.errors import ModelError, ModelLoadFailed, OutOfMemory
+from serve_app.errors import ModelError, ModelLoadFailed, OutOfMemory, RetryableError, WorkerLost
 from serve_app.models.catalog import ModelEntry, ModelType
 from serve_app.models.components import BaseComponents, NetComponents
+from serve_app.models.device_errors import is_out_of_memory
 from serve_app.models.sources import ResolvedSource, family_of, resolve
 
 T = TypeVar("T")
 
 # Both libraries replace methods of torch.nn while they build an empty model: two loads at once would mix them up.
 _ONE_AT_A_TIME = threading.Lock()
+
+_ANSWERS = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG})
+"""Errors by which a disk that works says that a file is not there."""
 
 diffusers_logging.disable_progress_bar()
 transformers_logging.disable_progress_bar()
@@ -33,10 +42,12 @@ def load_base(entry: ModelEntry, device: torch.device, dtype: torch.dtype) -> Ba
     """Load a base model in eval mode, with gradients off.
 
     Raises:
-        ModelLoadFailed: the folder can't be read, or is not what was published.
+        ModelLoadFailed: the folder is damaged, lacks files, or is not what was published.
         FamilyMismatch: its weights are of another family than the catalogue says.
         UnsafeModel: the folder was changed into one that would not be published.
         OutOfMemory: there is no room on ``device``.
+        WorkerLost: ``device`` broke; nothing on it works from here on.
+        RetryableError: the disk could not be read, or the folder is not there.
     """
     return _guarded(entry, ModelType.BASE, lambda source: _base(entry, source.folder, device, dtype))
 
@@ -75,17 +86,40 @@ def _guarded(entry: ModelEntry, wanted: ModelType, build: Callable[[ResolvedSour
     try:
         with _ONE_AT_A_TIME:
             return build(_check(entry, wanted))
-    except ModelError as error:
+    except (ModelError, RetryableError) as error:
         raise type(error)(f"The model {entry.id!r}: {error.message}") from error
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemory(f"No room on the accelerator for the model {entry.id!r}") from error
     except Exception as error:  # the libraries raise anything for a broken file
-        raise ModelLoadFailed(f"The model {entry.id!r} could not be loaded from {entry.location}: {error}") from error
+        raise _translated(entry, error) from error
+
+
+def _translated(entry: ModelEntry, error: Exception) -> ModelLoadFailed | RetryableError:
+    if is_out_of_memory(error):
+        return OutOfMemory(f"No room on the accelerator for the model {entry.id!r}")
+    if isinstance(error, torch.AcceleratorError):
+        return WorkerLost(f"The accelerator broke while the model {entry.id!r} was loaded: {error}")
+    what = f"The model {entry.id!r} could not be loaded from {entry.location}: {error}"
+    return RetryableError(what) if any(map(_is_trouble, _chain(error))) else ModelLoadFailed(what)
+
+
+def _is_trouble(error: BaseException) -> bool:
+    """Whether a disk failed. The libraries raise OSError for broken models too, but without a system's error number."""
+    return isinstance(error, OSError) and error.errno is not None and error.errno not in _ANSWERS
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """``error`` and what it was raised from: the libraries wrap what the disk said."""
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__ or link.__context__
 
 
 def _check(entry: ModelEntry, wanted: ModelType) -> ResolvedSource:
     """Hold the folder against the catalogue. Its size stands for its hash here: hashing takes longer than loading."""
-    source = resolve(Path(entry.location))
+    folder = Path(entry.location)
+    if not folder.is_dir():
+        raise RetryableError(f"{folder}: no such folder on this node; the disk may not be mounted")
+    source = resolve(folder)
     if source.type is not wanted or entry.type is not wanted:
         raise ModelLoadFailed(f"{entry.location} holds a model of type {source.type}, not {wanted}")
     family_of(source.config, entry.family)

@@ -15,7 +15,7 @@ from typing import cast
 
 from safetensors import SafetensorError, safe_open
 
-from serve_app.errors import FamilyMismatch, ModelLoadFailed, UnsafeModel, one_of
+from serve_app.errors import FamilyMismatch, ModelLoadFailed, RetryableError, UnsafeModel, one_of
 from serve_app.models.catalog import ModelType
 from serve_app.schedulers import SCHEDULERS
 
@@ -82,7 +82,15 @@ def resolve(path: Path) -> ResolvedSource:
     Raises:
         ModelLoadFailed: it isn't there, isn't a model of a kind that is served, or files are missing or cut short.
         UnsafeModel: weights only as pickles, code, classes that are not on the list, or links that lead out.
+        RetryableError: the disk gave an error instead of an answer, as network disks do; it says nothing of the model.
     """
+    try:
+        return _resolve(path)
+    except OSError as error:
+        raise RetryableError(f"{path} cannot be read now: {error}") from error
+
+
+def _resolve(path: Path) -> ResolvedSource:
     folder, roots = _locate(path)
     reader = _Reader(folder, roots)
     reader.refuse_code()
@@ -194,7 +202,11 @@ class _Reader:
     roots: tuple[Path, ...]
 
     def has(self, name: str) -> bool:
-        return os.path.lexists(self.folder / name)
+        try:
+            (self.folder / name).lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
 
     def file(self, name: str) -> Path:
         """The path of a file that is really there.
@@ -206,7 +218,7 @@ class _Reader:
         path = self.folder / name
         try:
             real = path.resolve(strict=True)
-        except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
+        except (FileNotFoundError, NotADirectoryError, RuntimeError) as error:  # RuntimeError: a loop of links
             raise ModelLoadFailed(f"{path}: missing, the model is incomplete") from error
         if not any(real.is_relative_to(root) for root in self.roots):
             raise UnsafeModel(f"{path}: leads out of the model, to {real}")
@@ -219,7 +231,7 @@ class _Reader:
         path = self.file(name)
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             raise ModelLoadFailed(f"{path}: {error}") from error
         if not isinstance(value, dict):
             raise ModelLoadFailed(f"{path}: expected a JSON object")
@@ -229,7 +241,7 @@ class _Reader:
 
     def refuse_code(self) -> None:
         """Raises UnsafeModel if there is Python anywhere in the folder, or a folder that is a link."""
-        for parent, folders, names in os.walk(self.folder):
+        for parent, folders, names in os.walk(self.folder, onerror=_raise):
             links = [name for name in folders if (Path(parent) / name).is_symlink()]
             if links:
                 raise UnsafeModel(f"{Path(parent) / links[0]}: folders may not be links")
@@ -268,7 +280,7 @@ class _Reader:
                 # Reads the header and holds it against the file's length: a file cut short is found here.
                 with safe_open(path, framework="numpy"):
                     yield name
-            except (SafetensorError, OSError) as error:
+            except SafetensorError as error:
                 raise ModelLoadFailed(f"{path}: {error}; the file is damaged or incomplete") from error
 
     def _shards(self, index: str) -> Iterable[str]:
@@ -287,3 +299,7 @@ class _Reader:
             raise UnsafeModel(f"{where}: only pickled weights ({', '.join(pickles)}); allowed: {expected}")
         others = sorted(path.name for path in where.glob("*.safetensors"))
         raise ModelLoadFailed(f"{where}: {expected} is missing; found {', '.join(others) or 'no weights'}")
+
+
+def _raise(error: OSError) -> None:
+    raise error

@@ -15,7 +15,7 @@ from support.tiny import SIDE, Zoo, controls, half_mask, picture, task
 
 from serve_app.config import DenoiserConfig
 from serve_app.engine.generator import ImageGenerator, health_problem
-from serve_app.errors import Cancelled, FamilyMismatch, RetryableError, UnknownModel, WorkerBusy
+from serve_app.errors import Cancelled, FamilyMismatch, RetryableError, ServeError, UnknownModel, WorkerBusy, WorkerLost
 from serve_app.metrics import PrometheusMeter
 from serve_app.models.components import BaseComponents, NetComponents
 from serve_app.storage.local import LocalStore
@@ -35,9 +35,13 @@ class Shelf:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     """Loads wait for it."""
+    trouble: ServeError | None = None
+    """What every load ends with."""
 
     async def base(self, model_id: str) -> AbstractContextManager[BaseComponents]:
         await self.gate.wait()
+        if self.trouble is not None:
+            raise self.trouble
         if model_id != "base":
             raise UnknownModel
         return self._hold(self.zoo.base)
@@ -209,6 +213,20 @@ async def test_a_closed_generator_is_unhealthy_and_takes_nothing(workshop: Works
     with pytest.raises(WorkerBusy):
         await workshop.generator.generate(REF, task(), OUTPUT, None, None, ())
     assert workshop.shelf.held == []
+
+
+async def test_a_device_that_breaks_while_loading_makes_the_replica_unhealthy(workshop: Workshop) -> None:
+    workshop.shelf.trouble = RetryableError("the disk is away")
+    with pytest.raises(RetryableError):
+        await workshop.generator.generate(ref(1), task(), OUTPUT, None, None, ())
+    workshop.generator.check_health()
+    workshop.shelf.trouble = WorkerLost("the accelerator broke")
+    with pytest.raises(WorkerLost):
+        await workshop.generator.generate(ref(2), task(), OUTPUT, None, None, ())
+    with pytest.raises(RuntimeError, match="accelerator broke"):
+        workshop.generator.check_health()
+    with pytest.raises(WorkerBusy, match="being replaced"):
+        await workshop.generator.generate(ref(3), task(), OUTPUT, None, None, ())
 
 
 def test_slow_is_healthy_and_stuck_is_not() -> None:

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from serve_app.config import ModelSource
-from serve_app.errors import ConfigError, ModelLoadFailed, UnknownModel, WorkerBusy
+from serve_app.database import Database
+from serve_app.errors import ConfigError, ModelLoadFailed, RetryableError, UnknownModel, WorkerBusy
 from serve_app.models.cache import ComponentCache, pick_device, pick_dtype
 from serve_app.models.catalog import Catalog
 from serve_app.models.demo.build import build_tiny_net
@@ -175,6 +176,15 @@ async def test_unknown_models_and_wrong_types_are_named(make: CacheMaker) -> Non
         await cache.net("four")
     with pytest.raises(UnknownModel, match="base model 'one' is unknown"):
         await cache.base("one")
+
+
+async def test_a_database_that_is_away_is_nobodys_fault(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path / 'empty.sqlite3'}")  # no tables
+    cache = ComponentCache(Catalog(database), CPU, torch.float32, 0)
+    with pytest.raises(RetryableError, match="catalogue cannot be read now"):
+        await cache.net("one")
+    cache.close()
+    database.close()
 
 
 async def test_base_models_are_components_too(make: CacheMaker, nets: Catalog, base: Path) -> None:

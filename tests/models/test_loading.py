@@ -1,4 +1,9 @@
+import errno
 import json
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -6,11 +11,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from serve_app.config import ModelSource
-from serve_app.errors import FamilyMismatch, ModelLoadFailed, UnsafeModel
-from serve_app.models.catalog import Catalog, ModelEntry
+from serve_app.errors import (
+    FamilyMismatch,
+    ModelLoadFailed,
+    OutOfMemory,
+    RetryableError,
+    ServeError,
+    UnsafeModel,
+    WorkerLost,
+)
+from serve_app.models.catalog import Catalog, ModelEntry, ModelType
 from serve_app.models.demo.build import build_tiny_base
-from serve_app.models.loading import load_base, load_net
+from serve_app.models.loading import _guarded, load_base, load_net
 from serve_app.models.publish import publish
+from serve_app.models.sources import ResolvedSource, resolve
 
 CPU = torch.device("cpu")
 
@@ -85,10 +99,68 @@ def test_a_folder_that_turned_bad_is_refused(net: Path, net_entry: ModelEntry) -
         load_net(net_entry, CPU, torch.float32)
 
 
-def test_a_folder_that_is_gone_is_named(base_entry: ModelEntry) -> None:
+def test_a_folder_that_is_gone_may_be_a_share_that_is_not_mounted(base_entry: ModelEntry) -> None:
     lost = base_entry.model_copy(update={"location": "/nowhere/dream"})
-    with pytest.raises(ModelLoadFailed, match=r"'dream'.*/nowhere/dream: no such folder"):
+    with pytest.raises(RetryableError, match=r"'dream'.*/nowhere/dream: no such folder on this node"):
         load_base(lost, CPU, torch.float32)
+
+
+def test_a_file_that_is_gone_from_its_folder_fails_for_good(base: Path, base_entry: ModelEntry) -> None:
+    (base / "unet" / "config.json").unlink()
+    with pytest.raises(ModelLoadFailed, match=r"'dream'.*missing, the model is incomplete"):
+        load_base(base_entry, CPU, torch.float32)
+
+
+@contextmanager
+def no_more_files() -> Iterator[None]:
+    """Opening anything fails with EMFILE: a disk that gives errors, without a disk."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_disk_that_gives_errors_is_nobodys_fault(base_entry: ModelEntry) -> None:
+    with no_more_files(), pytest.raises(RetryableError, match=r"'dream'.*cannot be read now") as loading:
+        load_base(base_entry, CPU, torch.float32)
+    assert type(loading.value) is RetryableError
+    with no_more_files(), pytest.raises(RetryableError, match="cannot be read now"):
+        resolve(Path(base_entry.location))
+    assert load_base(base_entry, CPU, torch.float32).id == "dream"
+
+
+def wrapped(cause: OSError) -> OSError:
+    """As the libraries do it: an error without a number, raised from the system's."""
+    error = OSError("cannot load the checkpoint")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OSError("no file named config.json"), ModelLoadFailed),
+        (wrapped(FileNotFoundError(errno.ENOENT, "gone")), ModelLoadFailed),
+        (wrapped(OSError(errno.ESTALE, "stale file handle")), RetryableError),
+        (OSError(errno.EIO, "input/output error"), RetryableError),
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), WorkerLost),
+        (torch.AcceleratorError("CUDA error: out of memory"), OutOfMemory),
+        (torch.OutOfMemoryError("no room"), OutOfMemory),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), OutOfMemory),
+        (RuntimeError("size mismatch for conv_in"), ModelLoadFailed),
+    ],
+)
+def test_errors_while_loading_mean(error: Exception, expected: type[ServeError], base_entry: ModelEntry) -> None:
+    def build(_: ResolvedSource) -> None:
+        raise error
+
+    with pytest.raises(expected, match="'dream'") as loading:
+        _guarded(base_entry, ModelType.BASE, build)
+    assert type(loading.value) is expected
 
 
 def test_a_net_is_no_base_model(net_entry: ModelEntry) -> None:
