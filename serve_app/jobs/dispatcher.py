@@ -21,6 +21,7 @@ from serve_app.jobs.lifecycle import Fetcher, Workshop
 from serve_app.jobs.outbox import Outbox
 from serve_app.jobs.retries import ATTEMPTS_BOUND
 from serve_app.jobs.store import Holding, JobStore
+from serve_app.jobs.threads import StoreThreads
 from serve_app.metrics import Meter
 from serve_app.storage import ObjectStore
 from serve_app.webhooks import Poster
@@ -72,9 +73,11 @@ class Dispatcher:
         self._backend = backend
         self._meter = meter
         self._name = name[:_NAME_MAX]
+        self._threads = StoreThreads()
         self._outbox = Outbox(config, store, client, meter)
         self._driver = Driver(
             Workshop(store, objects, backend, client, config.images),
+            self._threads,
             self._outbox,
             meter,
             attempt_timeout_s=config.dispatcher.attempt_timeout_s,
@@ -82,6 +85,7 @@ class Dispatcher:
         )
         self._attempts: dict[AttemptKey, _Attempt] = {}
         self._wake = asyncio.Event()
+        self._renewed = asyncio.Event()
         self._stopping = False
         self._stopped = asyncio.Event()
 
@@ -93,26 +97,35 @@ class Dispatcher:
         """Work until ``stop``. Outages of the database or of the backend are waited out."""
         try:
             async with asyncio.TaskGroup() as group:
-                watch = group.create_task(self._watch(), name="dispatcher-watch")
+                keepers = (
+                    group.create_task(self._watch(), name="dispatcher-watch"),
+                    group.create_task(self._tidy(), name="dispatcher-tidy"),
+                )
                 await self._work()
                 await self._stopped.wait()
-                watch.cancel()
+                for keeper in keepers:
+                    keeper.cancel()
         finally:
-            for attempt in tuple(self._attempts.values()):
-                attempt.interrupt(Interruption.RELEASED)
+            await self._put_back()
+            self._threads.close()
 
     async def stop(self, timeout_s: float) -> None:
         """Claim no more, let running attempts end for ``timeout_s``, put the others back uncharged."""
         self._stopping = True
         self._wake.set()
         await self._join(timeout_s)
+        await self._put_back()
+        await self._outbox.drain(_RELEASE_S)
+        self._stopped.set()
+
+    async def _put_back(self) -> None:
+        """Release what still runs. No attempt of this process runs afterwards."""
         for attempt in tuple(self._attempts.values()):
             attempt.interrupt(Interruption.RELEASED)
         await self._join(_RELEASE_S)
         for attempt in tuple(self._attempts.values()):
             attempt.task.cancel()  # the database does not answer: leases will run out
-        await self._outbox.drain(_RELEASE_S)
-        self._stopped.set()
+        await self._join(_RELEASE_S)
 
     async def _join(self, timeout_s: float) -> None:
         if self._attempts:
@@ -129,15 +142,26 @@ class Dispatcher:
                 continue
 
     async def _watch(self) -> None:
-        """Renew leases and sweep every third of a lease; in between look for cancellations."""
+        """Renew leases every third of a lease; in between look for cancellations."""
         renewal_s = self._config.lease_s / 3
         due = time.monotonic()
         while True:
             if time.monotonic() < due:
                 await self._outlast(self._inspect)
-            elif await self._outlast(self._renew) and await self._outlast(self._sweep):
+            elif await self._outlast(self._renew):
                 due = time.monotonic() + renewal_s
+                self._renewed.set()
             await asyncio.sleep(min(self._config.poll_s, renewal_s))
+
+    async def _tidy(self) -> None:
+        """Sweep after renewals: after an outage of the database nobody shall sweep jobs of its own.
+
+        A task of its own, because slow deletes must not delay the next renewal.
+        """
+        while True:
+            await self._renewed.wait()
+            self._renewed.clear()
+            await self._outlast(self._sweep)
 
     async def _outlast(self, step: Callable[[], Awaitable[None]]) -> bool:
         """Whether the step went well; a database or backend that is away is logged, the next round tries again."""
@@ -153,7 +177,7 @@ class Dispatcher:
         if room <= 0:
             return
         capacity = await self._backend.capacity()
-        claimed = await asyncio.to_thread(self._store.claim, self._name, room, capacity, self._config.lease_s)
+        claimed = await self._threads.run(self._store.claim, self._name, room, capacity, self._config.lease_s)
         for job in claimed:
             running = Running(job)
             task = asyncio.create_task(self._driver.drive(running), name=f"job-{job.id}-{job.attempt}")
@@ -170,12 +194,12 @@ class Dispatcher:
     async def _inspect(self) -> None:
         if self._attempts:
             held = dict(self._attempts)
-            self._heed(held, await asyncio.to_thread(self._store.inspect, tuple(held)))
+            self._heed(held, await self._threads.run(self._store.inspect, tuple(held)))
 
     async def _renew(self) -> None:
         if self._attempts:
             held = dict(self._attempts)
-            self._heed(held, await asyncio.to_thread(self._store.renew, tuple(held), self._config.lease_s))
+            self._heed(held, await self._threads.run(self._store.renew, tuple(held), self._config.lease_s))
 
     @staticmethod
     def _heed(held: Mapping[AttemptKey, _Attempt], holding: Holding) -> None:
@@ -187,13 +211,13 @@ class Dispatcher:
 
     async def _sweep(self) -> None:
         """Take back the jobs of dead dispatchers; do what others left undone at the end of a job."""
-        for job in await asyncio.to_thread(self._store.sweep, ATTEMPTS_BOUND):
+        for job in await self._threads.run(self._store.sweep, ATTEMPTS_BOUND):
             logger.warning("job %d: the lease of attempt %d ran out, it is now %s", job.id, job.attempt, job.status)
             if job.status.ended:
                 await self._driver.after_end(job.id)
             else:
                 self._meter.count("jobs_retried", reason="lease_expired")
                 self._wake.set()
-        for job_id in await asyncio.to_thread(self._store.inputs.left_over):
+        for job_id in await self._threads.run(self._store.inputs.left_over):
             await self._driver.drop_inputs(job_id)
         await self._outbox.sweep()

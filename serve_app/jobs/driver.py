@@ -15,6 +15,7 @@ from serve_app.jobs.job import Job, JobResult, JobStatus
 from serve_app.jobs.lifecycle import Workshop, attempt_ref, run_attempt
 from serve_app.jobs.outbox import Outbox
 from serve_app.jobs.retries import Again, GiveUp, after_loss
+from serve_app.jobs.threads import StoreThreads
 from serve_app.metrics import Meter
 from serve_app.tasks import AttemptRef
 
@@ -56,9 +57,17 @@ Outcome = JobResult | GiveUp | Again | Interruption
 
 class Driver:
     def __init__(
-        self, shop: Workshop, outbox: Outbox, meter: Meter, *, attempt_timeout_s: float, max_attempts: int
+        self,
+        shop: Workshop,
+        threads: StoreThreads,
+        outbox: Outbox,
+        meter: Meter,
+        *,
+        attempt_timeout_s: float,
+        max_attempts: int,
     ) -> None:
         self._shop = shop
+        self._threads = threads
         self._outbox = outbox
         self._meter = meter
         self._attempt_timeout_s = attempt_timeout_s
@@ -161,7 +170,7 @@ class Driver:
         """Until the database has answered. The lease is renewed meanwhile, or another attempt has overtaken us."""
         while True:
             try:
-                return await asyncio.to_thread(write)
+                return await self._threads.run(write)
             except HICCUPS:
                 logger.warning("the database is away; trying again", exc_info=True)
                 await asyncio.sleep(_WRITE_AGAIN_S)

@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -309,6 +311,51 @@ async def test_a_lease_lasts_as_long_as_its_dispatcher_lives(
         job = store.submit(ALICE, make_spec())
         await asyncio.sleep(2.0)
         backend.go.set()
+        assert (await end_of(store, job)).attempt == 1
+
+
+async def test_a_lease_is_renewed_while_all_other_threads_are_busy(
+    start: Start, store: JobStore, backend: ScriptedBackend
+) -> None:
+    backend.script = [HANG]
+    release = threading.Event()
+    async with start(lease_s=0.6):
+        job = store.submit(ALICE, make_spec())
+        await until(lambda: bool(backend.attempts))
+        await asyncio.sleep(0.1)
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(ThreadPoolExecutor(1))
+        busy = loop.run_in_executor(None, release.wait)
+        await asyncio.sleep(1.5)
+        swept = store.sweep(50)
+        release.set()
+        await busy
+        backend.go.set()
+        assert swept == ()
+        assert (await end_of(store, job)).attempt == 1
+
+
+class SlowDeletes(LocalStore):
+    def delete_prefix(self, prefix: str) -> None:
+        time.sleep(2.0)
+        super().delete_prefix(prefix)
+
+
+async def test_a_lease_is_renewed_while_the_sweep_deletes(store: JobStore, tmp_path: Path) -> None:
+    objects = SlowDeletes(tmp_path / "slow")
+    backend = ScriptedBackend(objects, script=[HANG])
+    orphan = store.submit(ALICE, make_spec())
+    store.claim("dead", 1, 100, 0.01)
+    store.request_cancel(orphan.id)
+    await asyncio.sleep(0.05)
+    async with running(store, objects, backend, PrometheusMeter(CollectorRegistry()), "one", lease_s=0.6):
+        job = store.submit(ALICE, make_spec())
+        await until(lambda: now(store, orphan).status is JobStatus.CANCELLED)
+        await until(lambda: bool(backend.attempts))
+        await asyncio.sleep(1.2)
+        swept = store.sweep(50)
+        backend.go.set()
+        assert swept == ()
         assert (await end_of(store, job)).attempt == 1
 
 
