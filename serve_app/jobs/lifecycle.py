@@ -12,6 +12,7 @@ import errno
 import hashlib
 import logging
 import time
+import zlib
 from collections.abc import Coroutine, Iterable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -294,7 +295,11 @@ def _keep(shop: Workshop, job: Job, name: str, data: bytes) -> bool:
 
 
 async def _control_maps(backend: Backend, spec: JobSpec, pictures: Mapping[_Use, ImageArray]) -> tuple[Annotation, ...]:
-    """One annotation per control, in order; controls that ask for the same map share it."""
+    """One annotation per control, in order; controls that ask for the same map share it.
+
+    What an annotator draws at random follows from its picture alone: so the k-th picture of a request, made with
+    ``seed + k``, is guided by the same map as the only picture of a request with that seed.
+    """
     uses = _control_uses(spec)
     wanted = [
         (control.control_type, control.auto_hint, use) for control, use in zip(spec.task.controls, uses, strict=True)
@@ -305,7 +310,7 @@ async def _control_maps(backend: Backend, spec: JobSpec, pictures: Mapping[_Use,
             control_type=control_type,
             width=spec.task.width,
             height=spec.task.height,
-            seed=spec.task.seed,
+            seed=zlib.crc32(pictures[use].data),
             auto_hint=auto_hint,
         )
         mask = pictures["mask_image", False] if CONTROL_TYPES[control_type].needs_mask else None

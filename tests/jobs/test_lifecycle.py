@@ -257,12 +257,8 @@ async def test_pictures_at_the_outputs_size_change_no_map_and_no_latent(
     kinds = [(kind, True) for kind in annotatable_types()] + [(kind, False) for kind in CONTROL_TYPES]
     controls = tuple(ControlInput(net="n", control_type=kind, auto_hint=hint) for kind, hint in kinds)
     spec = make_spec(mode=Mode.MASKED)
-    spec = spec.model_copy(
-        update={
-            "task": spec.task.model_copy(update={"controls": controls}),
-            "control_sources": ("init_image",) * len(kinds),
-        }
-    )
+    guided = spec.task.model_copy(update={"controls": controls})
+    spec = spec.model_copy(update={"task": guided, "control_sources": ("init_image",) * len(kinds)})
     await submit(shop.store, shop.objects, ALICE, spec, {"init_image": photo, "mask_image": mask})
     await run_attempt(shop, claim(shop.store))
     whole, whole_mask = decode_image(photo, shop.limits), decode_mask(mask, shop.limits)
@@ -277,6 +273,18 @@ async def test_pictures_at_the_outputs_size_change_no_map_and_no_latent(
     for processor, fitted, original in ((VaeImageProcessor(), drawn, whole), (cut, drawn_mask, whole_mask)):
         tensors = [processor.preprocess(Image.fromarray(pixels), 64, 64) for pixels in (fitted, original)]
         assert torch.equal(*tensors)
+
+
+async def test_the_seed_moves_no_map(shop: Workshop, backend: ScriptedBackend) -> None:
+    noise = np.random.default_rng(5).integers(0, 256, (2, 64, 64, 3), np.uint8)
+    for seed, picture in ((7, noise[0]), (8, noise[0]), (7, noise[1])):
+        spec = make_spec(controls=(("shuffle", "init_image"),))
+        spec = spec.model_copy(update={"task": spec.task.model_copy(update={"seed": seed})})
+        await submit(shop.store, shop.objects, ALICE, spec, {"init_image": encode_png(picture)})
+        await run_attempt(shop, claim(shop.store))
+    one, same, other = (task for task, _, _ in backend.annotated)
+    assert one == same
+    assert one.seed != other.seed
 
 
 async def test_few_pictures_of_an_attempt_are_at_their_own_size(shop: Workshop, backend: ScriptedBackend) -> None:
