@@ -86,6 +86,7 @@ class Dispatcher:
         self._attempts: dict[AttemptKey, _Attempt] = {}
         self._wake = asyncio.Event()
         self._renewed = asyncio.Event()
+        self._worker: asyncio.Task[None] | None = None
         self._stopping = False
         self._stopped = asyncio.Event()
 
@@ -94,14 +95,15 @@ class Dispatcher:
         self._wake.set()
 
     async def run(self) -> None:
-        """Work until ``stop``. Outages of the database or of the backend are waited out."""
+        """Work until ``stop``; then no attempt runs. Outages of the database or of the backend are waited out."""
         try:
             async with asyncio.TaskGroup() as group:
                 keepers = (
                     group.create_task(self._watch(), name="dispatcher-watch"),
                     group.create_task(self._tidy(), name="dispatcher-tidy"),
                 )
-                await self._work()
+                self._worker = group.create_task(self._work(), name="dispatcher-work")
+                await self._worker
                 await self._stopped.wait()
                 for keeper in keepers:
                     keeper.cancel()
@@ -113,7 +115,10 @@ class Dispatcher:
         """Claim no more, let running attempts end for ``timeout_s``, put the others back uncharged."""
         self._stopping = True
         self._wake.set()
-        await self._join(timeout_s)
+        deadline = time.monotonic() + timeout_s
+        if self._worker is not None:  # it may be claiming
+            await asyncio.wait([self._worker], timeout=timeout_s)
+        await self._join(max(0.0, deadline - time.monotonic()))
         await self._put_back()
         await self._outbox.drain(_RELEASE_S)
         self._stopped.set()

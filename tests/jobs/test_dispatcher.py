@@ -381,6 +381,33 @@ async def test_stopping_waits_for_what_runs_and_puts_back_the_rest(
     assert store.claim("next", 2, 100, 60.0) != ()
 
 
+class SlowClaims(JobStore):
+    claiming = False
+
+    def claim(self, dispatcher: str, count: int, capacity: int, lease_s: float) -> tuple[Job, ...]:
+        claimed = super().claim(dispatcher, count, capacity, lease_s)
+        self.claiming = True
+        time.sleep(0.4)
+        return claimed
+
+
+@pytest.mark.parametrize(("drain_s", "status"), [(10.0, JobStatus.SUCCESS), (0.1, JobStatus.QUEUED)])
+async def test_a_job_claimed_during_the_stop_does_not_outlive_it(
+    database: Database, objects: LocalStore, backend: ScriptedBackend, drain_s: float, status: JobStatus
+) -> None:
+    store = SlowClaims(database, LimitsConfig())
+    job = store.submit(ALICE, make_spec())
+    if status is JobStatus.QUEUED:
+        backend.script = [HANG]
+    async with GuardedClient(LOCAL) as client:
+        dispatcher = Dispatcher(AppConfig(), store, objects, backend, client, PrometheusMeter(), "one")
+        loop = asyncio.create_task(dispatcher.run())
+        await until(lambda: store.claiming)
+        await dispatcher.stop(drain_s)
+        await loop
+        assert (now(store, job).status, now(store, job).charged) == (status, 0)
+
+
 async def test_stopping_lets_a_short_job_end(start: Start, store: JobStore, backend: ScriptedBackend) -> None:
     backend.script = [HANG]
     async with start() as dispatcher:
