@@ -19,10 +19,15 @@ from alembic.script import ScriptDirectory
 from filelock import FileLock
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.exc import ArgumentError, InterfaceError, InternalError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from serve_app.errors import ConfigError, one_of
+
+OUTAGES = (OperationalError, InterfaceError, InternalError, PoolTimeout)
+"""What SQLAlchemy raises while the database is away, restarts, has no connection to spare, or is a standby that has not
+been promoted yet (InternalError, for PostgreSQL's ``read_only_sql_transaction``). Anything else is a fault of ours."""
 
 metadata = sa.MetaData(
     naming_convention={

@@ -14,7 +14,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from support.postgres import new_database
 
-from serve_app.database import Database, facts, job_inputs, jobs, metadata
+from serve_app.database import OUTAGES, Database, facts, job_inputs, jobs, metadata
 from serve_app.errors import ConfigError
 
 
@@ -142,6 +142,18 @@ def test_a_connection_that_the_server_cut_is_replaced(postgres_url: str) -> None
     os.kill(pid, signal.SIGTERM)
     with database.read() as connection:
         assert connection.execute(sa.select(sa.func.pg_backend_pid())).scalar_one() != pid
+    database.close()
+
+
+def test_a_server_that_only_reads_counts_as_an_outage(postgres_url: str) -> None:
+    database = Database(new_database(postgres_url))
+    database.migrate()
+    name = database.engine.url.database
+    with database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(sa.text(f"ALTER DATABASE {name} SET default_transaction_read_only = on"))
+    database.close()
+    with pytest.raises(OUTAGES), database.transaction() as connection:
+        connection.execute(sa.insert(facts).values(name="a", value="b"))
     database.close()
 
 

@@ -11,21 +11,18 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pydantic import BaseModel, JsonValue
-from sqlalchemy.exc import InterfaceError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve_app.database import OUTAGES
 from serve_app.errors import InvalidKey, RateLimited, ServeError, ValidationFailed, WorkerBusy
 
 logger = logging.getLogger(__name__)
 
 KEY_TIP = "Send your API key as 'key' in the request body, or as 'Authorization: Bearer <key>'."
 RETRY_AFTER_OUTAGE_S = 5
-DATABASE_OUTAGES = (OperationalError, InterfaceError, PoolTimeout)
-"""What SQLAlchemy raises when the database is away, restarts or has no connection to spare."""
 
 Body = Mapping[str, JsonValue]
 
@@ -171,7 +168,7 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
 
 HANDLERS: dict[int | type[Exception], Callable[[Request, Any], Coroutine[Any, Any, Response]]] = {
     ServeError: on_serve_error,
-    **dict.fromkeys(DATABASE_OUTAGES, on_database_outage),
+    **dict.fromkeys(OUTAGES, on_database_outage),
     HTTPException: on_http_exception,
 }
 """Exception class to the function that answers it; the application hands them to FastAPI."""

@@ -14,8 +14,9 @@ from typing import Protocol
 
 from serve_app.backend import Backend
 from serve_app.config import AppConfig
+from serve_app.database import OUTAGES
 from serve_app.errors import ServeError
-from serve_app.jobs.driver import HICCUPS, Driver, Interruption, Running
+from serve_app.jobs.driver import Driver, Interruption, Running
 from serve_app.jobs.expressions import AttemptKey
 from serve_app.jobs.lifecycle import Fetcher, Workshop
 from serve_app.jobs.outbox import Outbox
@@ -172,7 +173,7 @@ class Dispatcher:
         """Whether the step went well; a database or backend that is away is logged, the next round tries again."""
         try:
             await step()
-        except (*HICCUPS, ServeError):
+        except (*OUTAGES, ServeError):
             logger.warning("dispatcher %s: trying again in a moment", self._name, exc_info=True)
             return False
         return True

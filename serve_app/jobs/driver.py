@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TypeVar
 
-from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.exc import SQLAlchemyError
 
+from serve_app.database import OUTAGES
 from serve_app.errors import Cancelled, JobError, RetryableError, ServeError
 from serve_app.jobs.job import Job, JobResult, JobStatus
 from serve_app.jobs.lifecycle import Workshop, attempt_ref, run_attempt
@@ -22,9 +22,6 @@ from serve_app.tasks import AttemptRef
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-HICCUPS = (OperationalError, InterfaceError, PoolTimeout)
-"""What a database throws while it is away; everything else it throws is a fault of ours."""
 
 _CANCEL_TIMEOUT_S = 5.0
 _WRITE_AGAIN_S = 0.5
@@ -171,7 +168,7 @@ class Driver:
         while True:
             try:
                 return await self._threads.run(write)
-            except HICCUPS:
+            except OUTAGES:
                 logger.warning("the database is away; trying again", exc_info=True)
                 await asyncio.sleep(_WRITE_AGAIN_S)
 

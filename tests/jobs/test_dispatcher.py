@@ -450,6 +450,38 @@ async def test_an_outage_of_the_database_ends_neither_the_loop_nor_a_job(
     database.close()
 
 
+async def test_a_failover_that_reads_only_for_a_while_is_waited_out(
+    postgres_url: str, objects: LocalStore, backend: ScriptedBackend
+) -> None:
+    database = Database(new_database(postgres_url), pool_size=2)
+    database.migrate()
+    store = JobStore(database, LimitsConfig())
+    backend.script = [HANG]
+    async with running(store, objects, backend, PrometheusMeter(), "one", lease_s=5.0):
+        job = store.submit(ALICE, make_spec())
+        await until(lambda: bool(backend.attempts))
+        await asyncio.to_thread(set_read_only, database, postgres_url, "on")
+        backend.go.set()
+        await asyncio.sleep(1.0)
+        assert now(store, job).status is JobStatus.PROCESSING
+        await asyncio.to_thread(set_read_only, database, postgres_url, "off")
+        ended = await end_of(store, job)
+        assert (ended.status, ended.attempt) == (JobStatus.SUCCESS, 1)
+    database.close()
+
+
+def set_read_only(database: Database, postgres_url: str, value: str) -> None:
+    """As a standby is until it is promoted; running connections are cut."""
+    name = database.engine.url.database
+    server = sa.create_engine(postgres_url, isolation_level="AUTOCOMMIT")
+    with server.connect() as admin:
+        admin.execute(sa.text(f"ALTER DATABASE {name} SET default_transaction_read_only = {value}"))
+        admin.execute(
+            sa.text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :name"), {"name": name}
+        )
+    server.dispose()
+
+
 class LostAnswers(JobStore):
     """The first ``finish`` is committed, then the connection breaks before the answer comes."""
 

@@ -9,9 +9,10 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
-from serve_app.api.envelopes import DATABASE_OUTAGES, AsciiJSONResponse
+from serve_app.api.envelopes import AsciiJSONResponse
 from serve_app.api.services import Services
 from serve_app.config import DenoiserConfig
+from serve_app.database import OUTAGES
 from serve_app.jobs.job import JobStatus
 from serve_app.models.catalog import ModelType
 
@@ -54,7 +55,7 @@ async def _problems(services: Services) -> list[str]:
     try:
         entries = await asyncio.to_thread(services.catalog.list)
         counts = await asyncio.to_thread(services.jobs.counts)
-    except DATABASE_OUTAGES:
+    except OUTAGES:
         logger.exception("readyz: the database is unavailable")
         return ["the database cannot be reached"]
     if not any(entry.type is ModelType.BASE for entry in entries):
