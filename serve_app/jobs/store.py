@@ -19,6 +19,7 @@ from serve_app.errors import QueueFull
 from serve_app.jobs.expressions import ENDED, AttemptKey, held_by, mean_run_s, waiting_line
 from serve_app.jobs.inputs import JobInputs
 from serve_app.jobs.job import Job, JobResult, JobSpec, JobStatus
+from serve_app.jobs.records import UNREADABLE, is_readable, read_job
 from serve_app.keys import Principal
 
 WEBHOOK_PENDING: Final = "pending"
@@ -88,7 +89,7 @@ class JobStore:
                 self.inputs.lock(connection)
             self._database.lock(connection, _QUEUE_LOCK)
             self._check_limits(connection, principal.tenant)
-            job = _job(connection.execute(sa.insert(jobs).values(row).returning(jobs)).one())
+            job = read_job(connection.execute(sa.insert(jobs).values(row).returning(jobs)).one())
             if kept:
                 self.inputs.add(connection, job.id, kept)
             if confirm is not None:
@@ -127,7 +128,7 @@ class JobStore:
         """Those of ``job_ids`` that have ended, by one query."""
         with self._database.read() as connection:
             rows = connection.execute(sa.select(jobs).where(jobs.c.id.in_(job_ids), jobs.c.status.in_(ENDED)))
-            return {row.id: _job(row) for row in rows}
+            return {row.id: read_job(row) for row in rows}
 
     def list(self, tenant: str, limit: int, before: int | None = None) -> tuple[Job, ...]:
         """A tenant's jobs, newest first; ``before``: id of the last job of the page before."""
@@ -137,7 +138,7 @@ class JobStore:
             query = query.where(sa.tuple_(jobs.c.created_at, jobs.c.id) < last.scalar_subquery())
         query = query.order_by(jobs.c.created_at.desc(), jobs.c.id.desc()).limit(limit)
         with self._database.read() as connection:
-            return tuple(map(_job, connection.execute(query)))
+            return tuple(map(read_job, connection.execute(query)))
 
     def counts(self) -> dict[JobStatus, int]:
         """How many jobs are queued and how many are processing."""
@@ -172,6 +173,8 @@ class JobStore:
 
     def claim(self, dispatcher: str, count: int, capacity: int, lease_s: float) -> tuple[Job, ...]:
         """Give up to ``count`` jobs to a dispatcher, while the whole cluster runs no more than ``capacity``.
+
+        A job whose spec cannot be read ends as failed instead.
 
         At most one suspect runs in the whole cluster: were there two, one that kills the replica on which the other
         waits for its turn would put the blame on both.
@@ -210,9 +213,11 @@ class JobStore:
                     lease_until=now + lease_s,
                 )
                 .returning(jobs)
-            )
-            claimed = {row.id: _job(row) for row in rows}
-        return tuple(claimed[job_id] for job_id in chosen)
+            ).all()
+            claimed = {row.id: read_job(row) for row in rows if is_readable(row)}
+            if unreadable := [row.id for row in rows if row.id not in claimed]:
+                connection.execute(sa.update(jobs).where(jobs.c.id.in_(unreadable)).values(self._given_up(UNREADABLE)))
+        return tuple(claimed[job_id] for job_id in chosen if job_id in claimed)
 
     def renew(self, held: Collection[AttemptKey], lease_s: float) -> Holding:
         """Prolong the leases of ``held``."""
@@ -274,17 +279,13 @@ class JobStore:
         """
         expired = sa.and_(jobs.c.status == JobStatus.PROCESSING, jobs.c.lease_until < self._database.now_sql())
         hopeless = sa.and_(jobs.c.attempt >= attempts_bound, sa.not_(jobs.c.cancel_requested))
-        failed = {
-            "status": JobStatus.FAILED,
-            "error": f"The job was interrupted {attempts_bound} times.",
-            "finished_at": self._database.now_sql(),
-        }
+        failed = self._given_up(f"The job was interrupted {attempts_bound} times.")
         with self._database.transaction() as connection:
             rows = [
                 *connection.execute(sa.update(jobs).where(expired, hopeless).values(failed).returning(jobs)),
                 *connection.execute(sa.update(jobs).where(expired).values(self._requeued()).returning(jobs)),
             ]
-            return tuple(map(_job, rows))
+            return tuple(map(read_job, rows))
 
     def request_cancel(self, job_id: int) -> Job | None:
         """Cancel a queued job at once, ask for the end of a running one; one that has ended stays as it is.
@@ -303,7 +304,7 @@ class JobStore:
                 )
                 .returning(jobs)
             ).one_or_none()
-        return _job(row) if row is not None else self.get(job_id)
+        return read_job(row) if row is not None else self.get(job_id)
 
     def untold(self, age_s: float, limit: int) -> tuple[Job, ...]:
         """Jobs that ended ``age_s`` ago or earlier and whose webhook nobody has recorded as sent or failed."""
@@ -313,7 +314,7 @@ class JobStore:
             jobs.c.finished_at < self._database.now_sql() - age_s,
         )
         with self._database.read() as connection:
-            return tuple(map(_job, connection.execute(query.order_by(jobs.c.finished_at).limit(limit))))
+            return tuple(map(read_job, connection.execute(query.order_by(jobs.c.finished_at).limit(limit))))
 
     def set_webhook_status(self, job_id: int, status: str) -> None:
         with self._database.transaction() as connection:
@@ -326,7 +327,7 @@ class JobStore:
     def _one(self, condition: sa.ColumnElement[bool]) -> Job | None:
         with self._database.read() as connection:
             row = connection.execute(sa.select(jobs).where(condition)).one_or_none()
-        return _job(row) if row is not None else None
+        return read_job(row) if row is not None else None
 
     def _end(self, job_id: int, attempt: int, status: JobStatus, **values: str) -> bool:
         ended = (
@@ -336,6 +337,16 @@ class JobStore:
         )
         with self._database.transaction() as connection:
             return connection.execute(ended).rowcount == 1
+
+    def _given_up(self, error: str) -> dict[str, Any]:
+        """Column values that end a running job as failed."""
+        return {
+            "status": JobStatus.FAILED,
+            "error": error,
+            "finished_at": self._database.now_sql(),
+            "dispatcher": None,
+            "lease_until": None,
+        }
 
     def _requeued(self) -> dict[str, Any]:
         """Column values that put a running job back, or end it if its cancellation was requested."""
@@ -349,11 +360,3 @@ class JobStore:
 
 def _holding(held: Collection[AttemptKey], found: Mapping[AttemptKey, bool]) -> Holding:
     return Holding(frozenset(held) - found.keys(), frozenset(key for key, cancel in found.items() if cancel))
-
-
-def _job(row: sa.Row[Any]) -> Job:
-    fields = row._asdict()
-    kept = {name: fields[name] for name in Job.model_fields if name in fields}
-    kept["spec"] = JobSpec.model_validate_json(row.spec)
-    kept["result"] = JobResult.model_validate_json(row.result) if row.result is not None else None
-    return Job.model_validate(kept)

@@ -18,6 +18,7 @@ from serve_app.config import LimitsConfig
 from serve_app.database import Database, jobs
 from serve_app.errors import QueueFull
 from serve_app.jobs.job import InputRef, Job, JobStatus
+from serve_app.jobs.records import UNREADABLE
 from serve_app.jobs.store import JobStore
 
 
@@ -320,6 +321,25 @@ def test_a_deletion_waits_for_a_submit_that_names_the_object(any_store: JobStore
     any_store.submit(BOB, make_spec(inputs=inputs), confirm)
     deletion.join()
     assert deleted == []
+
+
+def test_a_job_of_another_version_fails_and_stops_nobody_else(any_database: Database) -> None:
+    store = JobStore(any_database, LimitsConfig())
+    foreign = [store.submit(ALICE, make_spec(webhook="https://example.org/hook")) for _ in range(2)]
+    own = store.submit(ALICE, make_spec())
+    held = claim(store, 1, lease_s=0.01)
+    assert [job.id for job in held] == [foreign[0].id]
+    with any_database.transaction() as connection:
+        ids = [job.id for job in foreign]
+        connection.execute(sa.update(jobs).where(jobs.c.id.in_(ids)).values(spec='{"version": 99}'))
+    time.sleep(0.05)
+    assert [job.status for job in store.sweep(50)] == [JobStatus.QUEUED]
+    assert [job.id for job in claim(store, 10)] == [own.id]
+    assert len(store.list("alice", 10)) == 3
+    ended = store.ended([job.id for job in (*foreign, own)])
+    assert ended.keys() == {job.id for job in foreign}
+    for job in ended.values():
+        assert (job.status, job.error) == (JobStatus.FAILED, UNREADABLE)
 
 
 _HOLDER = """
