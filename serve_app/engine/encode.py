@@ -19,15 +19,21 @@ from serve_app.errors import JobError
 from serve_app.models.components import BaseComponents, NetComponents
 from serve_app.tasks import ControlInput, ControlMap, ImageArray, Mode
 
-_CACHED_PROMPTS = 256
-"""Each is about 120 kB in float16; the empty negative prompt is in nearly every request."""
+_CACHE_BYTES = 256 * 2**20
+"""On the device. A piece of 77 x 768 takes 118 kB in float16: room for 2,000 short prompts, or for 16 of the longest
+that the API takes (20,000 characters are at most 267 pieces) in float16. The empty one is in nearly every request."""
+
+_PIECES_AT_ONCE = 8
+"""Pieces of one prompt in one forward of the text encoder, so that a long prompt needs no more memory than a few."""
 
 
 class PromptEncoder:
-    """CLIP text embeddings, kept by model, prompt and clip_skip."""
+    """CLIP text embeddings, kept by model, prompt and clip_skip while they fit; the least recently used goes first."""
 
-    def __init__(self) -> None:
+    def __init__(self, cache_bytes: int = _CACHE_BYTES) -> None:
         self._cache: OrderedDict[tuple[str, str, str, int | None], Tensor] = OrderedDict()
+        self._cache_bytes = cache_bytes
+        self._cached_bytes = 0
 
     def rows(self, request: GenerationRequest) -> Tensor:
         """The text rows of a request, (2, n * 77, d) with the unconditional one first, or (1, n * 77, d).
@@ -56,11 +62,19 @@ class PromptEncoder:
     def _encode(self, base: BaseComponents, prompt: str, clip_skip: int | None) -> Tensor:
         key = (base.id, base.hash, prompt, clip_skip)
         if key not in self._cache:
-            self._cache[key] = encode_prompt(base, prompt, clip_skip)
-            if len(self._cache) > _CACHED_PROMPTS:
-                self._cache.popitem(last=False)
+            rows = encode_prompt(base, prompt, clip_skip)
+            self._make_room(rows.nbytes)
+            if rows.nbytes > self._cache_bytes:
+                return rows
+            self._cache[key] = rows
+            self._cached_bytes += rows.nbytes
         self._cache.move_to_end(key)
         return self._cache[key]
+
+    def _make_room(self, wanted_bytes: int) -> None:
+        while self._cache and self._cached_bytes + wanted_bytes > self._cache_bytes:
+            _, oldest = self._cache.popitem(last=False)
+            self._cached_bytes -= oldest.nbytes
 
 
 def encode_prompt(base: BaseComponents, prompt: str, clip_skip: int | None) -> Tensor:
@@ -70,16 +84,21 @@ def encode_prompt(base: BaseComponents, prompt: str, clip_skip: int | None) -> T
         JobError: the text encoder has not that many layers.
     """
     ids, attended = _token_pieces(base, prompt)
-    mask = attended.to(base.device) if getattr(base.text_encoder.config, "use_attention_mask", False) else None
+    chunks = zip(ids.split(_PIECES_AT_ONCE), attended.split(_PIECES_AT_ONCE), strict=True)
+    states = [_encode_pieces(base, *chunk, clip_skip) for chunk in chunks]
+    return torch.cat(states).flatten(0, 1).unsqueeze(0)
+
+
+def _encode_pieces(base: BaseComponents, ids: Tensor, attended: Tensor, clip_skip: int | None) -> Tensor:
+    """Token ids and attention mask (n, 77) -> (n, 77, d) in the model's dtype."""
     encoder = base.text_encoder
+    mask = attended.to(base.device) if getattr(encoder.config, "use_attention_mask", False) else None
     if clip_skip is None:
-        states = encoder(ids.to(base.device), attention_mask=mask).last_hidden_state
-    else:
-        layers = encoder(ids.to(base.device), attention_mask=mask, output_hidden_states=True).hidden_states
-        if clip_skip >= len(layers):
-            raise JobError(f"clip_skip {clip_skip} is too large: the text encoder has {len(layers) - 1} layers.")
-        states = encoder.final_layer_norm(layers[-(clip_skip + 1)])
-    return states.to(base.dtype).flatten(0, 1).unsqueeze(0)
+        return encoder(ids.to(base.device), attention_mask=mask).last_hidden_state.to(base.dtype)
+    layers = encoder(ids.to(base.device), attention_mask=mask, output_hidden_states=True).hidden_states
+    if clip_skip >= len(layers):
+        raise JobError(f"clip_skip {clip_skip} is too large: the text encoder has {len(layers) - 1} layers.")
+    return encoder.final_layer_norm(layers[-(clip_skip + 1)]).to(base.dtype)
 
 
 def _token_pieces(base: BaseComponents, prompt: str) -> tuple[Tensor, Tensor]:

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from support.tiny import Zoo, renamed, request, task
 
@@ -42,8 +43,41 @@ def test_embeddings_are_kept_by_model_prompt_and_clip_skip(zoo: Zoo) -> None:
     assert (kept, skipped, len(calls)) == (2, 3, 5)
 
 
-def test_the_cache_is_bounded(zoo: Zoo) -> None:
-    prompts = PromptEncoder()
-    for n in range(300):
-        prompts.rows(request(zoo, task(prompt=str(n), guidance_scale=1.0)))
-    assert len(prompts._cache) == 256
+def test_the_cache_is_bounded_in_bytes(zoo: Zoo) -> None:
+    """A hundred pieces are more than the room: such a prompt is encoded, and drives out no more than it has to."""
+    piece_bytes = 77 * 16 * 4
+    prompts = PromptEncoder(cache_bytes=10 * piece_bytes)
+    encoded = []
+    hook = zoo.base.text_encoder.register_forward_pre_hook(lambda *_: encoded.append(1))
+
+    def forwards(prompt: str) -> int:
+        before = len(encoded)
+        prompts.rows(request(zoo, task(prompt=prompt, guidance_scale=1.0)))
+        return len(encoded) - before
+
+    for n in range(11):
+        assert forwards(str(n)) == 1
+    assert forwards("1") == 0  # ten fit
+    assert forwards("0") == 1  # the eleventh drove the first out, and now this one the second oldest
+    assert forwards("2") == 1
+    three_pieces = "a " * 200
+    assert forwards(three_pieces) == 1
+    assert forwards(three_pieces) == 0
+    assert sum(rows.nbytes for rows in prompts._cache.values()) == prompts._cached_bytes <= 10 * piece_bytes
+    too_long = "a " * 75 * 11
+    assert forwards(too_long) == forwards(too_long) > 0
+    hook.remove()
+
+
+@pytest.mark.parametrize("clip_skip", [None, 1])
+def test_a_long_prompt_is_encoded_a_few_pieces_at_a_time(zoo: Zoo, clip_skip: int | None) -> None:
+    letters = ("abcdefgh" * 190)[: 75 * 20]
+    sizes = []
+    hook = zoo.base.text_encoder.embeddings.register_forward_hook(lambda *call: sizes.append(call[2].shape[0]))
+    whole = encode_prompt(zoo.base, " ".join(letters), clip_skip)
+    hook.remove()
+    assert sizes == [8, 8, 4]
+    pieces = [
+        encode_prompt(zoo.base, " ".join(letters[begin : begin + 75]), clip_skip) for begin in range(0, 75 * 20, 75)
+    ]
+    torch.testing.assert_close(whole, torch.cat(pieces, dim=1))
