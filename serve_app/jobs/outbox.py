@@ -9,6 +9,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from serve_app.config import AppConfig, secret
 from serve_app.jobs.answers import webhook_body
 from serve_app.jobs.job import Job
+from serve_app.jobs.records import UNREADABLE
 from serve_app.jobs.store import JobStore
 from serve_app.metrics import Meter
 from serve_app.webhooks import DELIVERED, Poster, deliver, encode_body, headers, secret_bytes
@@ -44,13 +45,18 @@ class Outbox:
     async def sweep(self) -> None:
         """Send what was left unsent: by a dispatcher that died, or because the job was cancelled in the queue.
 
-        A webhook may be sent twice when its outcome was not recorded; its id is the same both times.
+        Each is taken by one dispatcher. A webhook may be sent twice when its outcome was not recorded; its id is the
+        same both times.
         """
         room = _SWEEP_AT_ONCE - len(self._sending)
-        if room > 0:
-            for job in await asyncio.to_thread(self._store.untold, _UNTOLD_S + self._timeout_s, room):
-                if job.id not in self._sending:
-                    self.send(job)
+        if room <= 0:
+            return
+        lease_s = _UNTOLD_S + self._timeout_s
+        for job in await asyncio.to_thread(self._store.take_untold, lease_s, lease_s, room):
+            if job.spec.webhook is None:  # written by another version: where to send it is not known
+                await asyncio.to_thread(self._store.set_webhook_status, job.id, f"failed: {UNREADABLE}")
+            elif job.id not in self._sending:
+                self.send(job)
 
     async def drain(self, timeout_s: float) -> None:
         """Wait for deliveries under way; what takes longer is given up."""

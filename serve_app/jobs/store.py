@@ -306,15 +306,26 @@ class JobStore:
             ).one_or_none()
         return read_job(row) if row is not None else self.get(job_id)
 
-    def untold(self, age_s: float, limit: int) -> tuple[Job, ...]:
-        """Jobs that ended ``age_s`` ago or earlier and whose webhook nobody has recorded as sent or failed."""
-        query = sa.select(jobs).where(
+    def take_untold(self, age_s: float, lease_s: float, limit: int) -> tuple[Job, ...]:
+        """Jobs that ended ``age_s`` ago or earlier and whose webhook nobody has recorded as sent or failed.
+
+        Nobody else is given them for ``lease_s``: the lease of an ended job is that of its webhook.
+        """
+        now = self._database.now_sql()
+        untold = sa.and_(
             jobs.c.webhook_status == WEBHOOK_PENDING,
             jobs.c.status.in_(ENDED),
-            jobs.c.finished_at < self._database.now_sql() - age_s,
+            jobs.c.finished_at < now - age_s,
+            sa.or_(jobs.c.lease_until.is_(None), jobs.c.lease_until < now),
         )
+        some = sa.select(jobs.c.id).where(untold).order_by(jobs.c.finished_at).limit(limit)
         with self._database.read() as connection:
-            return tuple(map(read_job, connection.execute(query.order_by(jobs.c.finished_at).limit(limit))))
+            if not (found := connection.scalars(some).all()):
+                return ()
+        # The condition again: another dispatcher may have taken some of them meanwhile.
+        taken = sa.update(jobs).where(jobs.c.id.in_(found), untold).values(lease_until=now + lease_s).returning(jobs)
+        with self._database.transaction() as connection:
+            return tuple(map(read_job, connection.execute(taken)))
 
     def set_webhook_status(self, job_id: int, status: str) -> None:
         with self._database.transaction() as connection:

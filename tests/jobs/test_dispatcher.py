@@ -559,6 +559,18 @@ async def test_a_webhook_that_nobody_sent_is_sent_by_the_sweep(
     assert [json.loads(body)["message"] for _, _, body in web.requests] == ["The job was cancelled."]
 
 
+async def test_a_webhook_of_a_job_nobody_can_read_is_recorded_as_failed(
+    start: Start, store: JobStore, database: Database, web: WebServer
+) -> None:
+    job = store.submit(ALICE, hooked(web))
+    store.request_cancel(job.id)
+    with database.transaction() as connection:
+        connection.execute(sa.update(jobs).values(finished_at=jobs.c.finished_at - 120, spec="{}"))
+    async with start():
+        await until(lambda: (now(store, job).webhook_status or "").startswith("failed"))
+    assert web.requests == []
+
+
 async def test_a_webhook_in_trouble_neither_delays_nor_fails_the_job(
     start: Start, store: JobStore, web: WebServer
 ) -> None:

@@ -342,6 +342,28 @@ def test_a_job_of_another_version_fails_and_stops_nobody_else(any_database: Data
         assert (job.status, job.error) == (JobStatus.FAILED, UNREADABLE)
 
 
+def test_an_untold_end_is_given_to_one_dispatcher_at_a_time(any_database: Database) -> None:
+    store = JobStore(any_database, LimitsConfig())
+    submitted = {store.submit(ALICE, make_spec(webhook="https://example.org/hook")).id for _ in range(20)}
+    for job_id in submitted:
+        store.request_cancel(job_id)
+    assert store.take_untold(60.0, 60.0, 20) == ()  # too young: whoever ended it tells it
+    with any_database.transaction() as connection:
+        connection.execute(sa.update(jobs).values(finished_at=jobs.c.finished_at - 120))
+    start = threading.Barrier(4)
+
+    def take(_: int) -> list[int]:
+        start.wait()
+        return [job.id for job in store.take_untold(60.0, 60.0, 20)]
+
+    with ThreadPoolExecutor(4) as pool:
+        taken = [job_id for found in pool.map(take, range(4)) for job_id in found]
+    assert sorted(taken) == sorted(submitted)
+    with any_database.transaction() as connection:  # who took them died
+        connection.execute(sa.update(jobs).values(lease_until=jobs.c.lease_until - 120))
+    assert len(store.take_untold(60.0, 60.0, 20)) == 20
+
+
 _HOLDER = """
 import sys, time
 from serve_app.config import LimitsConfig
