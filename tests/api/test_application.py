@@ -108,38 +108,6 @@ async def test_management(server: Server) -> None:
     assert details["denoisers"][0]["replica"] == "d1"
 
 
-async def test_health(server: Server) -> None:
-    live = await server.get("/livez")
-    ready = await server.get("/readyz")
-    assert (live.status_code, live.json()) == (200, {"status": "ok", "problems": []})
-    assert (ready.status_code, ready.json()) == (200, {"status": "ok", "problems": []})
-    server.backend.replicas = 0
-    assert (await server.get("/readyz")).json() == {"status": "unavailable", "problems": ["no denoiser answers"]}
-    for model in ("tiny", "other"):
-        server.resources.catalog.delete(model)
-    ready = await server.get("/readyz")
-    assert ready.status_code == 503
-    assert "no base model is published" in ready.json()["problems"]
-    assert (await server.get("/livez")).status_code == 200
-
-
-async def test_replicas_that_start_on_demand_are_ready(open_server: Open) -> None:
-    scaling = {"min_replicas": 0, "max_replicas": 2}
-    async with open_server(denoisers=[{"autoscaling_config": scaling}]) as server:
-        server.backend.replicas = 0
-        assert (await server.get("/readyz")).status_code == 200
-
-
-async def test_a_full_queue_is_not_ready(open_server: Open) -> None:
-    async with open_server(limits={"queue_max": 1}, dispatcher={"max_jobs": 1}) as server:
-        server.backend.gate.clear()
-        await server.post("controlnet", wish(instant_response="yes"))
-        await server.started()
-        await server.post("controlnet", wish(instant_response="yes"))
-        ready = await server.get("/readyz")
-        assert (ready.status_code, ready.json()["problems"]) == (503, ["the queue is full"])
-
-
 async def test_a_browser_may_call(server: Server) -> None:
     headers = {"Origin": "https://app.test", "Access-Control-Request-Method": "POST"}
     preflight = await server.http.options(

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Iterator
 
 from fastapi.routing import APIRoute
@@ -19,6 +20,10 @@ from serve_app.models.catalog import ModelType
 logger = logging.getLogger(__name__)
 
 
+KEPT_S = 1.0
+"""How long a verdict on readiness holds: anybody may ask, and each look asks the database and every replica."""
+
+
 class Health(BaseModel):
     status: str
     """``ok`` or ``unavailable``."""
@@ -27,13 +32,15 @@ class Health(BaseModel):
 
 
 def health_routes(services: Services) -> Iterator[APIRoute]:
+    readiness = _Readiness(services)
+
     async def livez(_request: Request) -> Response:
         """The process is up."""
         return _report([])
 
     async def readyz(_request: Request) -> Response:
         """A request that comes now can be served."""
-        return _report(await _problems(services))
+        return _report(await readiness.problems())
 
     yield APIRoute("/livez", livez, response_model=None, responses={200: {"model": Health}})
     not_ready = {"model": Health, "description": "Not able to take requests"}
@@ -43,6 +50,25 @@ def health_routes(services: Services) -> Iterator[APIRoute]:
 def _report(problems: list[str]) -> Response:
     health = Health(status="unavailable" if problems else "ok", problems=problems)
     return AsciiJSONResponse(health.model_dump(), 503 if problems else 200, {"Cache-Control": "no-store"})
+
+
+class _Readiness:
+    """What keeps this process from serving: looked up once per ``KEPT_S``, however many ask at once."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._look: asyncio.Task[list[str]] | None = None
+        self._kept_until = 0.0
+
+    async def problems(self) -> list[str]:
+        if self._look is None or (self._look.done() and time.monotonic() >= self._kept_until):
+            self._look = asyncio.create_task(self._fresh(), name="readiness")
+        return await asyncio.shield(self._look)  # who hangs up ends the look for nobody else
+
+    async def _fresh(self) -> list[str]:
+        problems = await _problems(self._services)
+        self._kept_until = time.monotonic() + KEPT_S  # a look that fails is not kept
+        return problems
 
 
 def _from_zero(denoiser: DenoiserConfig) -> bool:
