@@ -60,9 +60,11 @@ jobs = sa.Table(
     sa.Column("result", sa.Text),  # JobResult as JSON
     sa.Column("error", sa.Text),
     sa.Column("webhook_status", sa.String(200)),
+    sa.Column("delete_at", sa.Double),  # when the pictures are to go; NULL: never, or they are gone
     sa.Index("ix_jobs_status_not_before", "status", "not_before", "created_at"),
     sa.Index("ix_jobs_tenant_status", "tenant", "status"),
     sa.Index("ix_jobs_webhook_status", "webhook_status"),
+    sa.Index("ix_jobs_delete_at", "delete_at"),
 )
 
 job_inputs = sa.Table(

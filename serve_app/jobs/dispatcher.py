@@ -226,4 +226,6 @@ class Dispatcher:
                 self._wake.set()
         for job_id in await self._threads.run(self._store.inputs.left_over):
             await self._driver.drop_inputs(job_id)
+        for job_id, attempt in await self._threads.run(self._store.pictures.expired):
+            await self._driver.drop_pictures(job_id, attempt)
         await self._outbox.sweep()

@@ -25,6 +25,8 @@ T = TypeVar("T")
 
 _CANCEL_TIMEOUT_S = 5.0
 _WRITE_AGAIN_S = 0.5
+_TEMP_KEEP_S = 24 * 3600.0
+"""How long the pictures of a job with ``temp: yes`` stay."""
 
 
 class Interruption(Enum):
@@ -107,6 +109,15 @@ class Driver:
         except (OSError, SQLAlchemyError):
             logger.warning("job %d: inputs are not deleted yet", job_id, exc_info=True)
 
+    async def drop_pictures(self, job_id: int, attempt: int) -> None:
+        """Delete the pictures of a job that has had its time. What fails now is tried again by the next sweep."""
+        try:
+            await asyncio.to_thread(self._shop.objects.delete_prefix, AttemptRef(job_id=job_id, attempt=attempt).name)
+        except OSError:
+            logger.warning("job %d: pictures are not deleted yet", job_id, exc_info=True)
+        else:
+            await self._threads.run(self._shop.store.pictures.deleted, job_id)
+
     async def _attempt(self, running: Running) -> Outcome:  # noqa: PLR0911  - one for each way an attempt ends
         job = running.job
         try:
@@ -148,7 +159,7 @@ class Driver:
     def _end(self, job: Job, outcome: JobResult | GiveUp | Interruption) -> bool:
         store = self._shop.store
         if isinstance(outcome, JobResult):
-            return store.finish(job.id, job.attempt, outcome)
+            return store.finish(job.id, job.attempt, outcome, _TEMP_KEEP_S if job.spec.temp else None)
         if isinstance(outcome, GiveUp):
             return store.fail(job.id, job.attempt, outcome.message)
         return store.cancel(job.id, job.attempt)

@@ -19,6 +19,7 @@ from serve_app.errors import QueueFull
 from serve_app.jobs.expressions import ENDED, AttemptKey, held_by, mean_run_s, waiting_line
 from serve_app.jobs.inputs import JobInputs
 from serve_app.jobs.job import Job, JobResult, JobSpec, JobStatus
+from serve_app.jobs.pictures import JobPictures
 from serve_app.jobs.records import UNREADABLE, is_readable, read_job
 from serve_app.keys import Principal
 
@@ -57,6 +58,7 @@ class JobStore:
         self._database = database
         self._limits = limits
         self.inputs = JobInputs(database)
+        self.pictures = JobPictures(database)
 
     # Acceptance
 
@@ -236,9 +238,13 @@ class JobStore:
             query = sa.select(jobs.c.id, jobs.c.attempt, jobs.c.cancel_requested).where(held_by(*held))
             return _holding(held, {(row.id, row.attempt): row.cancel_requested for row in connection.execute(query)})
 
-    def finish(self, job_id: int, attempt: int, result: JobResult) -> bool:
-        """End a job as success. False: the attempt no longer holds the job, nothing was written."""
-        return self._end(job_id, attempt, JobStatus.SUCCESS, result=result.model_dump_json())
+    def finish(self, job_id: int, attempt: int, result: JobResult, keep_s: float | None = None) -> bool:
+        """End a job as success. False: the attempt no longer holds the job, nothing was written.
+
+        ``keep_s``: seconds until its pictures are to be deleted; None: they stay.
+        """
+        delete_at = None if keep_s is None else self._database.now_sql() + keep_s
+        return self._end(job_id, attempt, JobStatus.SUCCESS, result=result.model_dump_json(), delete_at=delete_at)
 
     def fail(self, job_id: int, attempt: int, message: str) -> bool:
         """End a job as failed; see ``finish``."""
@@ -340,7 +346,7 @@ class JobStore:
             row = connection.execute(sa.select(jobs).where(condition)).one_or_none()
         return read_job(row) if row is not None else None
 
-    def _end(self, job_id: int, attempt: int, status: JobStatus, **values: str) -> bool:
+    def _end(self, job_id: int, attempt: int, status: JobStatus, **values: object) -> bool:
         ended = (
             sa.update(jobs)
             .where(held_by((job_id, attempt)))

@@ -487,8 +487,8 @@ class LostAnswers(JobStore):
 
     finished = 0
 
-    def finish(self, job_id: int, attempt: int, result: JobResult) -> bool:
-        written = super().finish(job_id, attempt, result)
+    def finish(self, job_id: int, attempt: int, result: JobResult, keep_s: float | None = None) -> bool:
+        written = super().finish(job_id, attempt, result, keep_s)
         self.finished += 1
         if self.finished == 1:
             raise sa.exc.OperationalError("COMMIT", None, ConnectionResetError())
@@ -517,6 +517,27 @@ async def test_left_over_inputs_are_swept(
     assert stored()
     async with start():
         await until(lambda: not stored())
+
+
+async def test_pictures_of_a_temporary_job_go_after_a_day(
+    start: Start, store: JobStore, database: Database, stored: Callable[[], set[str]]
+) -> None:
+    def pass_time(seconds: float) -> None:
+        with database.transaction() as connection:
+            connection.execute(sa.update(jobs).values(delete_at=jobs.c.delete_at - seconds))
+
+    async with start(lease_s=0.3):
+        kept, temporary = (store.submit(ALICE, make_spec(temp=temp)) for temp in (False, True))
+        both = [(await end_of(store, job)).result for job in (kept, temporary)]
+        files = [result.keys[0] for result in both if result is not None]
+        pass_time(23.9 * 3600)
+        await asyncio.sleep(0.5)
+        assert {*files} <= stored()
+        pass_time(0.2 * 3600)
+        await until(lambda: files[1] not in stored())
+        assert files[0] in stored()
+        await until(lambda: store.pictures.expired() == ())
+    assert now(store, temporary).status is JobStatus.SUCCESS
 
 
 def hooked(web: WebServer) -> JobSpec:

@@ -18,6 +18,7 @@ def make_spec(
     mode: Mode = Mode.TEXT,
     webhook: str | None = None,
     samples: int = 1,
+    temp: bool = False,
 ) -> JobSpec:
     """``controls``: pairs of control type and input field."""
     task = GenerationTask(
@@ -41,5 +42,6 @@ def make_spec(
         output=OutputOptions(file_prefix=str(uuid.uuid4())),
         meta={"prompt": "a house", "seed": 7, "safetychecker": "yes"},
         webhook=webhook,
+        temp=temp,
         track_id="order-1",
     )
