@@ -21,6 +21,7 @@ from serve_app.engine.encode import PromptEncoder, prepare
 from serve_app.engine.request import Ended, GenerationRequest, Picture, RunningRequest, Seat
 from serve_app.errors import Cancelled, JobError, OutOfMemory, ServeError, WorkerLost
 from serve_app.metrics import Meter
+from serve_app.models.device_errors import is_out_of_memory
 from serve_app.tasks import AttemptRef
 
 _JOINS_PER_STEP = 4
@@ -216,10 +217,10 @@ def _translated(error: Exception, *, shared: bool) -> ServeError:
     """
     if isinstance(error, ServeError):
         return error
+    if is_out_of_memory(error):
+        return OutOfMemory(str(error))
     if isinstance(error, torch.AcceleratorError):
         raise error
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error):
-        return OutOfMemory(str(error))
     logger.error("a request failed in the engine", exc_info=error)
     what = f"{type(error).__name__}: {error}"
     return WorkerLost(f"A step shared with other requests failed: {what}") if shared else JobError(what)

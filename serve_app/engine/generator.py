@@ -20,7 +20,7 @@ from serve_app.config import DenoiserConfig
 from serve_app.engine.driver import Drawn, EngineDriver
 from serve_app.engine.engine import Engine
 from serve_app.engine.request import GenerationRequest, check_families
-from serve_app.errors import Cancelled, RetryableError, WorkerBusy, WorkerLost
+from serve_app.errors import Cancelled, OutOfMemory, RetryableError, WorkerBusy, WorkerLost
 from serve_app.images import encode_png
 from serve_app.metrics import Meter
 from serve_app.models.components import BaseComponents, NetComponents
@@ -46,6 +46,10 @@ class ComponentSource(Protocol):
         ...
 
     def loaded(self) -> tuple[str, ...]: ...
+
+    def release_unused(self) -> None:
+        """Give up what nobody holds, for the device ran out of memory."""
+        ...
 
 
 class ImageGenerator:
@@ -166,9 +170,10 @@ class ImageGenerator:
             held = leases.pop_all()
 
         def let_go(future: "asyncio.Future[Drawn]") -> None:
+            # The error is retrieved here, for nobody may be left to await it.
+            if not future.cancelled() and isinstance(future.exception(), OutOfMemory):
+                self._cache.release_unused()  # while this request still holds its own: the next attempt needs them
             held.close()
-            if not future.cancelled():
-                future.exception()  # retrieved here, for nobody may be left to await it
 
         running.add_done_callback(let_go)
         try:
@@ -197,6 +202,9 @@ class ImageGenerator:
                 check_families(base, nets)
         except WorkerLost as error:
             self._broken = error
+            raise
+        except OutOfMemory:
+            self._cache.release_unused()
             raise
         finally:
             self._loading -= 1

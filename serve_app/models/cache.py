@@ -5,6 +5,7 @@ wait for it, so neither the event loop nor running requests notice. Knows nothin
 """
 
 import asyncio
+import gc
 import logging
 import threading
 import time
@@ -117,6 +118,17 @@ class ComponentCache:
         with self._lock:
             return sum(slot.size_bytes for slot in (*self._slots.values(), *self._stale))
 
+    def release_unused(self) -> None:
+        """Give up every component that nobody holds, for the device ran out of memory. From any thread.
+
+        What torch keeps of it goes back to the device: cuBLAS and cuDNN allocate outside torch's pool.
+        """
+        with self._lock:
+            self._drop_unused(0)
+        gc.collect()  # modules are full of cycles
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def close(self) -> None:
         """Take no more requests and wait for the loads that are under way. Leases stay valid."""
         with self._lock:
@@ -192,8 +204,11 @@ class ComponentCache:
 
     def _make_room(self, wanted_bytes: int) -> None:
         """Drop components that nobody holds, the least recently used first, until ``wanted_bytes`` more would fit."""
+        self._drop_unused(self._budget_bytes - wanted_bytes)
+
+    def _drop_unused(self, bound_bytes: int) -> None:
         for slot in self._by_age():
-            if self.loaded_bytes + wanted_bytes <= self._budget_bytes:
+            if self.loaded_bytes <= bound_bytes:
                 return
             if slot.pins == 0:
                 del self._slots[slot.entry.id]

@@ -243,7 +243,14 @@ def breaking(module: torch.nn.Module, error: Exception, at_call: int) -> Iterato
 
 @pytest.mark.parametrize(
     ("error", "expected"),
-    [(RuntimeError("boom"), WorkerLost), (torch.OutOfMemoryError("no memory"), OutOfMemory)],
+    [
+        (RuntimeError("boom"), WorkerLost),
+        (torch.OutOfMemoryError("no memory"), OutOfMemory),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), OutOfMemory),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), OutOfMemory),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), OutOfMemory),
+        (torch.AcceleratorError("CUDA error: out of memory"), OutOfMemory),
+    ],
 )
 def test_a_broken_forward_ends_the_requests_in_it_and_no_others(
     zoo: Zoo, error: Exception, expected: type[ServeError]

@@ -15,7 +15,16 @@ from support.tiny import SIDE, Zoo, controls, half_mask, picture, task
 
 from serve_app.config import DenoiserConfig
 from serve_app.engine.generator import ImageGenerator, health_problem
-from serve_app.errors import Cancelled, FamilyMismatch, RetryableError, ServeError, UnknownModel, WorkerBusy, WorkerLost
+from serve_app.errors import (
+    Cancelled,
+    FamilyMismatch,
+    OutOfMemory,
+    RetryableError,
+    ServeError,
+    UnknownModel,
+    WorkerBusy,
+    WorkerLost,
+)
 from serve_app.metrics import PrometheusMeter
 from serve_app.models.components import BaseComponents, NetComponents
 from serve_app.storage.local import LocalStore
@@ -37,6 +46,8 @@ class Shelf:
     """Loads wait for it."""
     trouble: ServeError | None = None
     """What every load ends with."""
+    given_up: list[tuple[str, ...]] = field(default_factory=list)
+    """What was held when the unused were given up."""
 
     async def base(self, model_id: str) -> AbstractContextManager[BaseComponents]:
         await self.gate.wait()
@@ -52,6 +63,9 @@ class Shelf:
 
     def loaded(self) -> tuple[str, ...]:
         return ("base",)
+
+    def release_unused(self) -> None:
+        self.given_up.append(tuple(self.held))
 
     @contextmanager
     def _hold(self, components: Component) -> Iterator[Component]:
@@ -227,6 +241,23 @@ async def test_a_device_that_breaks_while_loading_makes_the_replica_unhealthy(wo
         workshop.generator.check_health()
     with pytest.raises(WorkerBusy, match="being replaced"):
         await workshop.generator.generate(ref(3), task(), OUTPUT, None, None, ())
+
+
+async def test_what_nobody_holds_is_given_up_when_memory_runs_out(workshop: Workshop, zoo: Zoo) -> None:
+    """The request's own models stay: the next attempt needs them."""
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    hook = zoo.base.unet.register_forward_pre_hook(fail)
+    with pytest.raises(OutOfMemory):
+        await workshop.generator.generate(ref(1), task(), OUTPUT, None, None, ())
+    hook.remove()
+    assert workshop.shelf.given_up == [("base",)]
+    workshop.shelf.trouble = OutOfMemory("no room for the model")
+    with pytest.raises(OutOfMemory):
+        await workshop.generator.generate(ref(2), task(), OUTPUT, None, None, ())
+    assert workshop.shelf.given_up == [("base",), ()]
 
 
 def test_slow_is_healthy_and_stuck_is_not() -> None:

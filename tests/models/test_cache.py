@@ -88,6 +88,19 @@ async def test_what_is_leased_stays_even_over_budget(make: CacheMaker) -> None:
     assert cache.loaded() == ("three",)
 
 
+async def test_all_that_nobody_holds_can_be_given_up(make: CacheMaker) -> None:
+    cache = make(10)
+    for name in ("one", "three"):
+        await use(cache, name)
+    with await cache.net("two"):
+        cache.release_unused()
+        assert cache.loaded() == ("two",)
+    assert cache.loaded() == ("two",)
+    cache.release_unused()
+    assert cache.loaded() == ()
+    assert cache.loaded_bytes == 0
+
+
 async def test_a_lease_counts_once_however_often_it_is_released(make: CacheMaker) -> None:
     cache = make(0.5)
     held, other = await cache.net("one"), await cache.net("one")
