@@ -57,7 +57,8 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop.request)
     data = settings.config.data_folder
-    data.mkdir(parents=True, exist_ok=True)
+    # Keys' hashes and people's pictures lie here, and Ray opens its own folder below to everybody.
+    data.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(prefix="ray-") as spare:
         folder = data / "ray" if len(str(data / "ray")) <= MAX_RAY_FOLDER else Path(spare)
         try:
@@ -122,7 +123,7 @@ def run(settings: LaunchSettings, ray_folder: Path, stop: Stop, started: float) 
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            _node_ip_address="127.0.0.1",  # nothing of this Ray is meant for the network
+            _node_ip_address="127.0.0.1",  # what Ray tells its own processes to connect to
             _temp_dir=str(ray_folder),
         )
         serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": settings.port})
@@ -165,7 +166,7 @@ def for_this_machine(config: AppConfig) -> AppConfig:
     """The configuration of a server that runs as long as its terminal.
 
     The engine gets all cores but one, unless the configuration says how many threads it takes. Ctrl-C does not wait
-    for long jobs: whatever runs goes back to the queue, and the next start on the same data continues with it.
+    for long jobs: the next start on the same data runs them again, once their leases have run out.
     """
     spare = max(1, (os.cpu_count() or 2) - 1)
     default = ReplicaConfig().threads

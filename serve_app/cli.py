@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import ValidationError
 
 from serve_app.config import AppConfig, ModelSource, load_config
 from serve_app.errors import ServeError
@@ -31,12 +32,19 @@ DataOption = Annotated[Path | None, typer.Option("--data", help="Data folder; ov
 
 
 def main() -> None:
-    """Run the command line; our own errors become one line on standard error and exit status 1."""
+    """Run the command line; errors that a user can mend become one line on standard error and exit status 1."""
     try:
         app()
     except ServeError as error:
         print(f"error: {error.message}", file=sys.stderr)
-        sys.exit(1)
+    except ValidationError as error:
+        problems = (f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        print(f"error: {'; '.join(problems)}", file=sys.stderr)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        return
+    sys.exit(1)
 
 
 def _config(config: Path | None, data: Path | None) -> AppConfig:
@@ -183,11 +191,12 @@ async def _generate(config: AppConfig, body: dict[str, str | int | None]) -> byt
         local_server(config) as server,
         httpx2.AsyncClient(transport=httpx2.ASGITransport(server.application), base_url=config.public_url) as client,
     ):
-        key, _ = server.resources.keys.create("cli", "default", ["generate"])
+        key, principal = server.resources.keys.create("cli", "default", ["generate"])
         answer = (await client.post("/api/v1/enterprise/controlnet", json=body | {"key": key}, timeout=None)).json()
         while answer["status"] == "processing":
             await asyncio.sleep(0.2)
             answer = (await client.post(answer["fetch_result"], json={"key": key})).json()
+        server.resources.keys.revoke(principal.key_id)
         if answer["status"] != "success":
             raise ServeError(json.dumps(answer["message"]))
         return (await client.get(answer["output"][0])).content

@@ -48,6 +48,7 @@ SCHEDULERS: Mapping[str, SchedulerSpec] = {
     "IPNDMScheduler": _PENDING,
     "KarrasVeScheduler": _PENDING,
     "ScoreSdeVeScheduler": _PENDING,
+    "LCMScheduler": _PENDING,
 }
 
 DEFAULT_SCHEDULER = "UniPCMultistepScheduler"

@@ -83,6 +83,11 @@ def read_text(value: JsonValue) -> str:
     return value
 
 
+def read_picture(value: JsonValue) -> str:
+    """A link, base64 or a data URI; white space around it comes from copying."""
+    return read_text(value).strip()
+
+
 def read_name(value: JsonValue) -> str:
     name = read_text(value).strip()
     if len(name) > MAX_NAME_CHARS:
@@ -214,6 +219,7 @@ class Reals(_Numeric):
 
 Flag = Annotated[bool, BeforeValidator(read_flag)]
 Text = Annotated[str, BeforeValidator(read_text)]
+Picture = Annotated[str, BeforeValidator(read_picture)]
 Name = Annotated[str, BeforeValidator(read_name)]
 Names = Annotated[tuple[str, ...], BeforeValidator(read_names)]
 TrackId = Annotated[str | int | float | bool | None, BeforeValidator(read_track_id)]

@@ -178,8 +178,10 @@ async def test_a_body_of_30_mb_is_refused_by_default(server: Server) -> None:
 
 async def test_an_image_over_its_limit_is_refused(open_server: Open) -> None:
     async with open_server(images={"max_bytes": 50}) as server:
-        answer = await server.post("controlnet", wish())
-    assert "larger than 50 bytes" in answer["message"]["init_image"][0]
+        response = await server.http.post(f"{API}/controlnet", json=wish(), headers={"Prefer": "http-status"})
+        assert response.status_code == 413
+        assert response.json()["message"] == "The init_image picture is larger than 50 bytes."
+        assert server.backend.touched == 0
 
 
 async def test_a_bad_key_is_one_uniform_answer(server: Server) -> None:

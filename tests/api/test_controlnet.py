@@ -262,3 +262,12 @@ async def test_a_long_prompt_is_not_cut(server: Server) -> None:
 async def test_text_of_any_script_survives(server: Server) -> None:
     prompt = "ein Löwe 🦁 在海边"
     assert (await server.post("controlnet", wish(prompt=prompt)))["meta"]["prompt"] == prompt
+
+
+@pytest.mark.parametrize("pictures", [["{}", ""], ["{}", None], ["null", "{}"], "{},", [" {}\n"]])
+async def test_empty_control_images_are_not_given(server: Server, pictures: list[str | None] | str) -> None:
+    sent = as_base64(picture())
+    filled = pictures.format(sent) if isinstance(pictures, str) else [part and part.format(sent) for part in pictures]
+    answer = await server.post("controlnet", wish(controlnet_model="canny,scribble", control_image=filled))
+    assert answer["status"] == "success", answer
+    assert len(answer["meta"]["control_image"]) == 1

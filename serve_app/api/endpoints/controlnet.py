@@ -23,7 +23,19 @@ from serve_app.api.endpoints.generation import (
     yes_no,
 )
 from serve_app.api.envelopes import Answer
-from serve_app.api.fields import Flag, Names, Problems, Real, Reals, Text, parse, per_item, read_text
+from serve_app.api.fields import (
+    Flag,
+    Names,
+    Picture,
+    Problems,
+    Real,
+    Reals,
+    absent,
+    parse,
+    per_item,
+    read_picture,
+    read_text,
+)
 from serve_app.api.operations import Call
 from serve_app.config import AppConfig
 from serve_app.controls import CONTROL_TYPES, control_type_problem
@@ -40,10 +52,10 @@ def _pictures(value: JsonValue) -> tuple[str, ...]:
     """A list of pictures, or one string with commas.
 
     Links and data URIs may hold commas themselves: a part that starts no picture belongs to the one before it. So a
-    link followed by raw base64 has to be sent as a list.
+    link followed by raw base64 has to be sent as a list. Empty parts are not given, as everywhere else.
     """
     if isinstance(value, list):
-        return tuple(read_text(part) for part in value)
+        return tuple(read_picture(part) for part in value if not absent(part))
     pictures: list[str] = []
     for part in read_text(value).split(","):
         starts = part.strip().lower().startswith(("http://", "https://", "data:"))
@@ -51,7 +63,7 @@ def _pictures(value: JsonValue) -> tuple[str, ...]:
             pictures[-1] += f",{part}"
         else:
             pictures.append(part.strip())
-    return tuple(pictures)
+    return tuple(filter(None, pictures))
 
 
 class ControlNetRequest(GenerationRequest):
@@ -67,11 +79,11 @@ class ControlNetRequest(GenerationRequest):
     """no: the image is the control map itself."""
     guess_mode: Flag = False
     """yes: the prompt may be empty."""
-    init_image: Text = ""
+    init_image: Picture = ""
     """Link, base64 or data URI."""
     control_image: Annotated[tuple[str, ...], BeforeValidator(_pictures)] = ()
     """What the control maps are made from: one per ControlNet, or one for all. Default: init_image."""
-    mask_image: Text = ""
+    mask_image: Picture = ""
     """White is painted again; needs init_image."""
     strength: Annotated[float, Real(0, 1, above=True)] = 1.0
     """How much of init_image is drawn anew; exactly 1 draws from noise."""

@@ -30,13 +30,15 @@ from serve_app.api.fields import (
 )
 from serve_app.api.services import Services
 from serve_app.config import AppConfig
-from serve_app.errors import ImageRejected, UnknownModel, one_of
+from serve_app.errors import BodyTooLarge, ImageRejected, UnknownModel, one_of
 from serve_app.fetching import url_problem
 from serve_app.images import classify, decode_base64, decode_image, decode_mask
 from serve_app.jobs.job import InputRef
 from serve_app.models.catalog import Catalog, ModelEntry, ModelType
 from serve_app.schedulers import ALGORITHM_TYPES, DEFAULT_SCHEDULER, SCHEDULERS, scheduler_problem
 
+MAX_BASE64_PER_BYTE = 1.4
+"""Characters: four for three bytes, and line breaks."""
 MAX_PROMPT_CHARS = 20_000
 """A prompt has no maximum in tokens; this bounds what is stored and encoded (about 60 chunks of 77 tokens)."""
 MAX_SEED = 2**32 - 1
@@ -218,7 +220,11 @@ class Pictures:
 async def take_pictures(
     sources: Mapping[str, str], services: Services, file_prefix: str, problems: Problems
 ) -> Pictures:
-    """Check each picture of ``sources`` (input field -> link, base64 or data URI) before a job exists."""
+    """Check each picture of ``sources`` (input field -> link, base64 or data URI) before a job exists.
+
+    Raises:
+        BodyTooLarge: a picture is larger than any that would be accepted.
+    """
     links: list[InputRef] = []
     inline: dict[str, bytes] = {}
     echo: dict[str, str] = {}
@@ -230,6 +236,8 @@ async def take_pictures(
             links.append(InputRef(field=source, url=text))
             echo[source] = text
             continue
+        if len(text) > services.config.images.max_bytes * MAX_BASE64_PER_BYTE:
+            raise BodyTooLarge(f"The {field} picture is larger than {services.config.images.max_bytes} bytes.")
         try:
             async with services.decoding:
                 inline[source] = await asyncio.to_thread(_inline_bytes, source, text, services.config)
