@@ -268,6 +268,6 @@ async def test_text_of_any_script_survives(server: Server) -> None:
 async def test_empty_control_images_are_not_given(server: Server, pictures: list[str | None] | str) -> None:
     sent = as_base64(picture())
     filled = pictures.format(sent) if isinstance(pictures, str) else [part and part.format(sent) for part in pictures]
-    answer = await server.post("controlnet", wish(controlnet_model="canny,scribble", control_image=filled))
+    answer = await server.post("controlnet", wish(controlnet_model="canny,tile", control_image=filled))
     assert answer["status"] == "success", answer
     assert len(answer["meta"]["control_image"]) == 1
