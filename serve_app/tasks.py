@@ -84,7 +84,7 @@ class AnnotationTask(Value):
     width: int
     height: int
     seed: int = 0
-    """For annotators that draw random numbers (shuffle)."""
+    """For annotators that draw random numbers (shuffle); derived from the picture, not from the request's seed."""
     auto_hint: bool = True
     params: Mapping[str, JsonScalar] = Field(default_factory=dict)
 
