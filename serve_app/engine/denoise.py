@@ -4,7 +4,7 @@ Rows of a batch belong to pictures of different requests; nothing here mixes the
 want it and on no others; what it adds is scaled per row, outside the net.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -42,8 +42,11 @@ class _Use(NamedTuple):
     rows: range
 
 
-def predict(seats: Sequence[Seat]) -> Predictions:
-    """The guided predictions for the calls of ``seats``, which must be of one group. At least one seat."""
+def predict(seats: Sequence[Seat], beat: Callable[[], None]) -> Predictions:
+    """The guided predictions for the calls of ``seats``, which must be of one group. At least one seat.
+
+    ``beat`` is called after every ControlNet's forward, so that nobody takes a long step for a stuck one.
+    """
     base = seats[0].running.request.base
     spans = _spans(seats)
     times = [seat.call.timestep for seat, span in zip(seats, spans, strict=True) for _ in span]
@@ -52,7 +55,7 @@ def predict(seats: Sequence[Seat]) -> Predictions:
         torch.tensor(times, dtype=torch.float32, device=base.device),
         torch.cat([seat.running.text for seat in seats]),
     )
-    residuals, nets = _control_residuals(rows, seats, spans)
+    residuals, nets = _control_residuals(rows, seats, spans, beat)
     sample = rows.latents
     if seats[0].call.extra is not None:
         extras = [
@@ -91,7 +94,7 @@ def _guide(noise: Tensor, seat: Seat) -> Tensor:
 
 
 def _control_residuals(
-    rows: _Rows, seats: Sequence[Seat], spans: Sequence[range]
+    rows: _Rows, seats: Sequence[Seat], spans: Sequence[range], beat: Callable[[], None]
 ) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
     """What the ControlNets add to the UNet's skip connections, shallow to deep, the middle block last; and their ids.
 
@@ -106,6 +109,7 @@ def _control_residuals(
             else:
                 # Not in place: a net that averages gives (R, c, 1, 1), which the sum widens.
                 total[level] = total[level] + part
+        beat()
     return tuple(total), tuple(group[0].control.net.id for group in uses)
 
 

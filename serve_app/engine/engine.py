@@ -6,6 +6,7 @@ plan gives it, and has its pictures decoded. The engine is used from one thread;
 
 import gc
 import logging
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -45,6 +46,8 @@ class Engine:
         self._short_of_memory = False
         self.unet_forwards = 0
         self.unet_rows = 0
+        self.heartbeat = time.monotonic()
+        """When the engine last got on, by ``time.monotonic``: a request was encoded, a net or the UNet was run."""
 
     @property
     def running(self) -> int:
@@ -115,7 +118,8 @@ class Engine:
         predictions = None
         if seats:
             with self._blame(*_distinct(seats)):
-                predictions = predict(seats)
+                predictions = predict(seats, self._beat)
+        self._beat()
         return predictions
 
     def _update(self, seats: Sequence[Seat], predictions: Predictions | None) -> list[Ended]:
@@ -143,6 +147,7 @@ class Engine:
                 self._running.append(prepare(request, self._prompts, self._turn))
             except Exception as error:  # noqa: BLE001  - a request that cannot be encoded fails alone
                 self._end(request, _translated(error, shared=False))
+            self._beat()
 
     def _may_join(self, head: GenerationRequest) -> bool:
         """First come, first served, also for a request that runs alone: it waits until everybody before it has left,
@@ -193,6 +198,9 @@ class Engine:
     def _end(self, request: GenerationRequest, outcome: RunningRequest | ServeError) -> None:
         self._short_of_memory |= isinstance(outcome, OutOfMemory)
         self._ended.append(Ended(request, outcome))
+
+    def _beat(self) -> None:
+        self.heartbeat = time.monotonic()
 
     def _free_memory(self) -> None:
         """After an OutOfMemory, once the frames of the failed step are gone: give back what they held."""

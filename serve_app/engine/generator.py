@@ -9,7 +9,7 @@ import base64
 import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack
 from typing import Protocol
 
@@ -27,8 +27,11 @@ from serve_app.models.components import BaseComponents, NetComponents
 from serve_app.storage import ObjectStore
 from serve_app.tasks import AttemptRef, ControlMap, GenerationResult, GenerationTask, ImageArray, OutputOptions
 
-_STALE_S = 120.0
-"""A step that takes longer than this will not end."""
+_STALE_S = 600.0
+"""One forward that takes longer than this will not end. The engine's heart beats after every forward; the longest is
+one of the UNet, for SD 1.5 about 0.8 TFLOP a row at 512x512. The default 16 rows of it are 13 TFLOP, which a processor
+that does 22 GFLOP/s, less than one core of today, ends in time. Whoever serves larger pictures on a CPU lowers
+``max_rows`` or ``max_latent_area``; a GPU is three orders of magnitude away."""
 
 
 class ComponentSource(Protocol):
@@ -211,17 +214,37 @@ class ImageGenerator:
         return GenerationRequest(ref, task, base, tuple(nets), init_image, mask, maps)
 
     async def _write(self, ref: AttemptRef, output: OutputOptions, pictures: Sequence[ImageArray]) -> tuple[str, ...]:
-        loop = asyncio.get_running_loop()
         keys = tuple(f"{ref.name}/{output.file_name(index)}" for index in range(len(pictures)))
-        jobs = [
-            loop.run_in_executor(self._writers, _store, self._store, key, picture, output.base64_text)
+        writing = [
+            self._writers.submit(_store, self._store, key, picture, output.base64_text)
             for key, picture in zip(keys, pictures, strict=True)
         ]
         try:
-            await asyncio.gather(*jobs)
+            await asyncio.gather(*(asyncio.wrap_future(one) for one in writing))
         except OSError as error:
             raise RetryableError(f"The pictures could not be stored: {error}") from error
+        finally:
+            await _settled(writing)
         return keys
+
+
+async def _settled(writing: "Sequence[Future[None]]") -> None:
+    """Returns when none is being written any more, however often the caller is cancelled meanwhile.
+
+    Whoever hears that an attempt failed or was cancelled deletes its files: none may appear after that.
+    """
+    running = [one for one in writing if not one.cancel() and not one.done()]
+    if not running:
+        return
+    ended = asyncio.ensure_future(asyncio.to_thread(wait, running))
+    cancelled: asyncio.CancelledError | None = None
+    while not ended.done():
+        try:
+            await asyncio.shield(ended)
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
 
 
 def health_problem(alive: bool, death: BaseException | None, silent_s: float) -> str | None:

@@ -5,7 +5,7 @@ from concurrent.futures import Future, wait
 
 import pytest
 import torch
-from support.tiny import Zoo, request, task, tiny_engine
+from support.tiny import Zoo, controls, request, task, tiny_engine
 
 from serve_app.engine.driver import Drawn, EngineDriver
 from serve_app.errors import Cancelled, JobError, WorkerBusy, WorkerLost
@@ -67,6 +67,20 @@ def test_the_heart_beats_while_idle_and_while_busy(zoo: Zoo, driver: EngineDrive
     assert 0 < next_beat() < 0.5
     driver.cancel(AttemptRef(job_id=0, attempt=0))
     assert not future.done()
+
+
+def test_the_heart_beats_inside_a_step(zoo: Zoo, driver: EngineDriver) -> None:
+    """Between the nets and before the UNet: a step of many nets is not taken for a stuck one."""
+    beats: list[float] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda *_: beats.append(driver.heartbeat))
+        for module in (zoo.nets["canny"].net.conv_in, zoo.nets["depth"].net.conv_in, zoo.base.unet)
+    ]
+    driver.submit(request(zoo, task(steps=1, controls=controls("canny", "depth")))).result(SOON_S)
+    for hook in hooks:
+        hook.remove()
+    assert len(beats) == 3
+    assert beats == sorted(set(beats))
 
 
 def test_closing_ends_what_runs_and_what_waits(zoo: Zoo) -> None:
