@@ -26,22 +26,30 @@ def publish(catalog: Catalog, source: ModelSource) -> ModelEntry:
     Raises:
         ModelError: the folder is not a model that may be served (see ``sources.resolve``), or not of the family named.
         ConfigError: the id is taken by another type of model or by a control type, or the control type is wrong.
+        RetryableError: the disk gives errors.
     """
+    return _publish(catalog, source, trusting=False)
+
+
+def _publish(catalog: Catalog, source: ModelSource, *, trusting: bool) -> ModelEntry:
+    """``trusting``: take the hash from the catalogue where nothing speaks against it."""
     if source.id in CONTROL_TYPES:
         raise ConfigError(f"the model id {source.id!r} is the name of a control type; publish under another id")
     found = resolve(source.path)
     _check_control_type(source, found)
-    entry = catalog.add(
-        ModelEntry(
-            id=source.id,
-            type=found.type,
-            family=family_of(found.config, source.family),
-            control_type=source.control_type,
-            location=str(found.folder),
-            hash=found.hash(),
-            size_bytes=found.size_bytes,
-        )
+    listed = catalog.find(source.id) if trusting else None
+    unhashed = ModelEntry(
+        id=source.id,
+        type=found.type,
+        family=family_of(found.config, source.family),
+        control_type=source.control_type,
+        location=str(found.folder),
+        hash="",
+        size_bytes=found.size_bytes,
     )
+    if listed is not None and _is_as_listed(unhashed, found, listed):
+        return listed
+    entry = catalog.add(unhashed.model_copy(update={"hash": found.hash()}))
     logger.info("published %s %s of family %s, hash %s", entry.type, entry.id, entry.family, entry.hash)
     return entry
 
@@ -52,14 +60,24 @@ def publish_all(config: AppConfig, catalog: Catalog) -> tuple[ModelEntry, ...]:
     Every process of a cluster may call this at its start: one works at a time, by a lock in the models folder, and
     those after it find everything done.
 
+    A model that is listed as it is found is not hashed again: the same folder, type, family, control type and size, and
+    no file that changed after the model was first published. Files replaced within the skew between the clocks of the
+    database and of the disk are not noticed if their size is the same; ``publish`` always hashes. A model that was
+    published again with other files is newer than its first publication, and hashed at every start.
+
     Raises:
-        ModelError, ConfigError: as ``publish``, for the first model that fails.
+        ModelError, ConfigError, RetryableError: as ``publish``, for the first model that fails.
     """
     folder = config.published_models
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".publish.lock"):
         sources = (*(_demo(config) if config.demo_model else ()), *config.models)
-        return tuple(publish(catalog, source) for source in sources)
+        return tuple(_publish(catalog, source, trusting=True) for source in sources)
+
+
+def _is_as_listed(unhashed: ModelEntry, found: ResolvedSource, listed: ModelEntry) -> bool:
+    as_found = unhashed.model_copy(update={"hash": listed.hash, "created_at": listed.created_at})
+    return as_found == listed and found.changed_at <= listed.created_at
 
 
 def _demo(config: AppConfig) -> tuple[ModelSource, ...]:

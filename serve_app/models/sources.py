@@ -66,6 +66,16 @@ class ResolvedSource:
     def size_bytes(self) -> int:
         return sum((self.folder / name).stat().st_size for name in self.files)
 
+    @property
+    def changed_at(self) -> float:
+        """When a file was last written, renamed or linked anew, in seconds since the epoch by the disk's clock.
+
+        By ``st_ctime`` too: tools that copy files keep their ``st_mtime``.
+        """
+        paths = [self.folder / name for name in self.files]
+        stats = [stat for path in paths for stat in (path.stat(), path.lstat())]
+        return max(max(stat.st_mtime, stat.st_ctime) for stat in stats)
+
     def hash(self) -> str:
         """SHA-256 over the sorted pairs (relative path, SHA-256 of the file), hex. Reads every byte."""
         total = hashlib.sha256()

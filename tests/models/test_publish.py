@@ -1,5 +1,7 @@
+import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -72,6 +74,29 @@ def test_a_configuration_is_published_whole(catalog: Catalog, base: Path, tmp_pa
         assert net is not None
         assert net.id == f"demo-{control_type}"
     assert publish_all(config, catalog) == entries
+
+
+def test_what_did_not_change_is_not_hashed_again(catalog: Catalog, base: Path, tmp_path: Path) -> None:
+    """A wrong hash in the catalogue stays until somebody reads the files."""
+    source = ModelSource(id="dream", path=base)
+    config = AppConfig(data=tmp_path / "data", demo_model=False, models=(source,))
+    time.sleep(0.05)  # the catalogue counts milliseconds, the disk ticks
+    (right,) = publish_all(config, catalog)
+    wrong = catalog.add(right.model_copy(update={"hash": "0" * 64}))
+    assert publish_all(config, catalog) == (wrong,)
+    assert publish(catalog, source) == right
+
+    catalog.add(wrong)
+    file = base / "unet" / "config.json"
+    time.sleep(0.05)
+    os.utime(file, (1, 1))  # as old as can be, but touched just now
+    assert publish_all(config, catalog) == (right,)
+
+    for change in ({"family": "other"}, {"size_bytes": 1}, {"location": "/elsewhere"}):
+        catalog.delete("dream")
+        catalog.add(wrong.model_copy(update=change))
+        (entry,) = publish_all(config, catalog)
+        assert entry.model_copy(update={"created_at": right.created_at}) == right
 
 
 def test_the_demo_model_can_be_left_out(catalog: Catalog, tmp_path: Path) -> None:
