@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+
 from workloads import unlike_requests
 
 API = "/api/v1/enterprise"

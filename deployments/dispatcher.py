@@ -12,9 +12,8 @@ from serve_app.config import AppConfig
 
 class Dispatcher:
     def __init__(self, config: AppConfig, annotator: DeploymentHandle, denoisers: dict[str, DeploymentHandle]) -> None:
-        from serve_app.jobs.dispatcher import Dispatcher as JobDispatcher
-
         from serve_app.fetching import GuardedClient
+        from serve_app.jobs.dispatcher import Dispatcher as JobDispatcher
         from serve_app.resources import open_resources
 
         resources = open_resources(config)

@@ -6,6 +6,7 @@ Threads are set before torch is imported anywhere.
 import os
 
 import pytest
+
 from support.postgres import postgres_url
 
 __all__ = ["postgres_url"]

@@ -12,10 +12,10 @@ import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from support.postgres import new_database
 
 from serve_app.database import OUTAGES, Database, facts, job_inputs, jobs, metadata
 from serve_app.errors import ConfigError
+from support.postgres import new_database
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

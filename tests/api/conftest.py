@@ -6,6 +6,9 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pytest
+
+from serve_app.config import AppConfig
+from serve_app.resources import open_resources
 from support.gateway import (
     ADMIN_ONLY_KEY,
     COLLEAGUE_KEY,
@@ -17,9 +20,6 @@ from support.gateway import (
     publish,
     serving,
 )
-
-from serve_app.config import AppConfig
-from serve_app.resources import open_resources
 
 
 @pytest.fixture(scope="session")

@@ -9,11 +9,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from support.gateway import ADMIN_ONLY_KEY, API, KEY, Open, Server, as_base64, picture, wish
 
 from serve_app.api.application import OPERATIONS
 from serve_app.api.operations import PREFIXES
 from serve_app.schedulers import available_schedulers
+from support.gateway import ADMIN_ONLY_KEY, API, KEY, Open, Server, as_base64, picture, wish
 
 
 async def test_every_operation_answers_under_every_path(server: Server) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.gateway import ADMIN_ONLY_KEY, API, KEY, Open, Server, as_base64, picture, wish
 
 from serve_app.api.endpoints.controlnet import ControlNetRequest
 from serve_app.api.envelopes import ErrorAnswer
+from support.gateway import ADMIN_ONLY_KEY, API, KEY, Open, Server, as_base64, picture, wish
 
 
 def bomb() -> bytes:

@@ -6,12 +6,12 @@ import io
 
 import pytest
 from PIL import Image
-from support.gateway import API, KEY, PUBLIC_URL, Open, Server, as_base64, picture, wish
-from support.wire import SEED_META, seed_page_body
 
 from serve_app.api.envelopes import FailedAnswer, ProcessingAnswer, SuccessAnswer
 from serve_app.errors import JobError
 from serve_app.tasks import Mode
+from support.gateway import API, KEY, PUBLIC_URL, Open, Server, as_base64, picture, wish
+from support.wire import SEED_META, seed_page_body
 
 
 async def test_the_documented_sample_ends_in_a_picture(server: Server) -> None:

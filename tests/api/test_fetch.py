@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from support.gateway import API, COLLEAGUE_KEY, KEY, STRANGER_KEY, Open, Server, wish
-
 from serve_app.api.envelopes import FailedAnswer, ProcessingAnswer, SuccessAnswer
+from support.gateway import API, COLLEAGUE_KEY, KEY, STRANGER_KEY, Open, Server, wish
 
 
 async def submitted(server: Server) -> int:

@@ -2,10 +2,10 @@
 
 from hypothesis import given
 from hypothesis import strategies as st
-from support.gateway import Server, as_base64, picture, wish
 
 from serve_app.api.endpoints.files import read_range
 from serve_app.errors import JobError
+from support.gateway import Server, as_base64, picture, wish
 
 
 async def done(server: Server, **changes: object) -> str:

@@ -4,9 +4,9 @@ import asyncio
 from collections.abc import Callable
 
 import sqlalchemy as sa
-from support.gateway import Open, Server, wish
 
 from serve_app.api.endpoints.health import KEPT_S
+from support.gateway import Open, Server, wish
 
 
 def looks(server: Server) -> Callable[[], int]:

@@ -8,9 +8,9 @@ import socket
 from collections.abc import Iterator
 
 import pytest
-from support.cluster import KEY, Served, cluster_config
 
 from deployments.environment import environment
+from support.cluster import KEY, Served, cluster_config
 
 os.environ.update(
     environment(1)

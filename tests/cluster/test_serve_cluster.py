@@ -18,6 +18,7 @@ import pytest
 import skimage.data
 from numpy.typing import NDArray
 from PIL import Image
+
 from support.cluster import API, KEY, Served
 
 pytestmark = pytest.mark.cluster

@@ -15,11 +15,11 @@ import pytest
 import skimage
 from numpy.typing import NDArray
 from PIL import Image
-from support.web import web_server
-from support.wire import SEED_META, seed_page_body
 
 from serve_app.config import AppConfig
 from serve_app.local import LocalServer, local_server
+from support.web import web_server
+from support.wire import SEED_META, seed_page_body
 
 KEY = "end-to-end-key-0123456789"
 PHOTOS = Path(skimage.__file__).parent / "data"

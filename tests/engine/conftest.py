@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from support.tiny import Zoo, tiny_zoo
 
 

@@ -5,11 +5,11 @@ from concurrent.futures import Future, wait
 
 import pytest
 import torch
-from support.tiny import Zoo, controls, request, task, tiny_engine
 
 from serve_app.engine.driver import Drawn, EngineDriver
 from serve_app.errors import Cancelled, JobError, WorkerBusy, WorkerLost
 from serve_app.tasks import AttemptRef
+from support.tiny import Zoo, controls, request, task, tiny_engine
 
 SOON_S = 30
 

@@ -5,11 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from support.tiny import Zoo, controls, drawn_alone, latents, relative_error, request, task, tiny_zoo
 
 from serve_app.engine.request import RunningRequest
 from serve_app.schedulers import available_schedulers
 from serve_app.tasks import ImageArray, Mode
+from support.tiny import Zoo, controls, drawn_alone, latents, relative_error, request, task, tiny_zoo
 
 DTYPES = {torch.bfloat16: 0.15, torch.float16: 0.03}
 """dtype -> the error allowed against float32; bfloat16 has 8 bits, float16 has 11, and errors add up over the steps."""

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from support.tiny import Zoo, renamed, request, task
 
 from serve_app.engine.encode import PromptEncoder, encode_prompt
+from support.tiny import Zoo, renamed, request, task
 
 
 def test_a_long_prompt_is_its_pieces_in_a_row(zoo: Zoo) -> None:

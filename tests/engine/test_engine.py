@@ -11,6 +11,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from serve_app.engine.request import GenerationRequest, RunningRequest
+from serve_app.engine.samplers import ModelCall, Sampler
+from serve_app.errors import Cancelled, FamilyMismatch, JobError, OutOfMemory, ServeError, WorkerLost
+from serve_app.schedulers import available_schedulers
+from serve_app.tasks import AttemptRef, ControlInput, GenerationTask, Mode
 from support.tiny import (
     Zoo,
     controls,
@@ -25,12 +31,6 @@ from support.tiny import (
     tiny_base,
     tiny_engine,
 )
-
-from serve_app.engine.request import GenerationRequest, RunningRequest
-from serve_app.engine.samplers import ModelCall, Sampler
-from serve_app.errors import Cancelled, FamilyMismatch, JobError, OutOfMemory, ServeError, WorkerLost
-from serve_app.schedulers import available_schedulers
-from serve_app.tasks import AttemptRef, ControlInput, GenerationTask, Mode
 
 TOLERANCE = 1e-4
 

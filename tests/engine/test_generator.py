@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.tiny import SIDE, Zoo, controls, half_mask, picture, task
 
 from serve_app.config import DenoiserConfig
 from serve_app.engine.generator import ImageGenerator, health_problem
@@ -30,6 +29,7 @@ from serve_app.metrics import PrometheusMeter
 from serve_app.models.components import BaseComponents, NetComponents
 from serve_app.storage.local import LocalStore
 from serve_app.tasks import AttemptRef, Mode, OutputOptions
+from support.tiny import SIDE, Zoo, controls, half_mask, picture, task
 
 Component = TypeVar("Component", BaseComponents, NetComponents)
 REF = AttemptRef(job_id=5, attempt=2)

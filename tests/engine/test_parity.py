@@ -10,12 +10,12 @@ import pytest
 import torch
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
-from support.tiny import Zoo, controls, drawn_alone, latents, picture, relative_error, request, task
 from transformers import CLIPTextModel
 
 from serve_app.engine.request import GenerationRequest
 from serve_app.schedulers import SCHEDULERS, available_schedulers
 from serve_app.tasks import ControlInput, GenerationTask, Mode
+from support.tiny import Zoo, controls, drawn_alone, latents, picture, relative_error, request, task
 
 TOLERANCE = 1e-4
 PIPELINES = {

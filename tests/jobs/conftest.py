@@ -7,10 +7,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from prometheus_client import CollectorRegistry
-from support.backend import ScriptedBackend
-from support.dispatch import SECRET, Start, running
-from support.postgres import new_database
-from support.web import WebServer, web_server
 
 from serve_app.config import LimitsConfig
 from serve_app.database import Database
@@ -18,6 +14,10 @@ from serve_app.jobs.dispatcher import Dispatcher
 from serve_app.jobs.store import JobStore
 from serve_app.metrics import PrometheusMeter
 from serve_app.storage.local import LocalStore
+from support.backend import ScriptedBackend
+from support.dispatch import SECRET, Start, running
+from support.postgres import new_database
+from support.web import WebServer, web_server
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

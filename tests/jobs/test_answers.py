@@ -1,12 +1,12 @@
 """The wire bodies, key by key."""
 
 import pytest
-from support.jobs import RESULT, make_spec
 
 from serve_app.jobs.answers import fetch_body, not_found_body, submit_body, webhook_body
 from serve_app.jobs.job import Job, JobStatus
 from serve_app.jobs.store import Outlook
 from serve_app.tasks import AnnotationInfo
+from support.jobs import RESULT, make_spec
 
 URL = "https://pictures.example"
 OUTLOOK = Outlook(position=3, eta_s=12)

@@ -6,10 +6,6 @@ from collections.abc import Callable
 import pytest
 import sqlalchemy as sa
 from prometheus_client import CollectorRegistry
-from support.backend import HANG, ScriptedBackend
-from support.dispatch import Start, end_of, now, until
-from support.jobs import ALICE, make_spec
-from support.web import LOCAL
 
 from serve_app.config import AppConfig, DispatcherConfig
 from serve_app.database import Database, jobs
@@ -21,6 +17,10 @@ from serve_app.jobs.lifecycle import submit
 from serve_app.jobs.store import JobStore
 from serve_app.metrics import PrometheusMeter
 from serve_app.storage.local import LocalStore
+from support.backend import HANG, ScriptedBackend
+from support.dispatch import Start, end_of, now, until
+from support.jobs import ALICE, make_spec
+from support.web import LOCAL
 
 
 async def test_a_job_from_acceptance_to_success(

@@ -10,11 +10,6 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from prometheus_client import CollectorRegistry
-from support.backend import HANG, ScriptedBackend
-from support.dispatch import Start, end_of, now, running, until
-from support.jobs import ALICE, make_spec
-from support.postgres import new_database
-from support.web import LOCAL
 
 from serve_app.config import AppConfig, LimitsConfig
 from serve_app.database import Database
@@ -26,6 +21,11 @@ from serve_app.jobs.store import JobStore
 from serve_app.metrics import PrometheusMeter
 from serve_app.storage.local import LocalStore
 from serve_app.tasks import AttemptRef, GenerationResult
+from support.backend import HANG, ScriptedBackend
+from support.dispatch import Start, end_of, now, running, until
+from support.jobs import ALICE, make_spec
+from support.postgres import new_database
+from support.web import LOCAL
 
 
 class SharedReplica(ScriptedBackend):

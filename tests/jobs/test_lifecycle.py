@@ -17,9 +17,6 @@ import sqlalchemy as sa
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
-from support.backend import ScriptedBackend
-from support.jobs import ALICE, BOB, RESULT, make_spec
-from support.web import LOCAL, WebServer, web_server
 
 from serve_app.annotators import annotate
 from serve_app.config import ImageLimits, LimitsConfig
@@ -42,6 +39,9 @@ from serve_app.jobs.lifecycle import DECODES_AT_ONCE, JobWaiter, Workshop, input
 from serve_app.jobs.store import JobStore
 from serve_app.storage.local import LocalStore
 from serve_app.tasks import ControlInput, Mode
+from support.backend import ScriptedBackend
+from support.jobs import ALICE, BOB, RESULT, make_spec
+from support.web import LOCAL, WebServer, web_server
 
 
 def png(value: int = 128, size: tuple[int, int] = (32, 16)) -> bytes:

@@ -3,16 +3,16 @@
 import json
 
 import sqlalchemy as sa
-from support.backend import ScriptedBackend
-from support.dispatch import SECRET, Start, end_of, now, until
-from support.jobs import ALICE, make_spec
-from support.web import WebServer
 
 from serve_app.database import Database, jobs
 from serve_app.errors import JobError
 from serve_app.jobs.job import JobSpec, JobStatus
 from serve_app.jobs.store import JobStore
 from serve_app.webhooks import secret_bytes, signature
+from support.backend import ScriptedBackend
+from support.dispatch import SECRET, Start, end_of, now, until
+from support.jobs import ALICE, make_spec
+from support.web import WebServer
 
 
 def hooked(web: WebServer) -> JobSpec:

@@ -1,11 +1,11 @@
 """The rules for lost attempts, as a table."""
 
 import pytest
-from support.jobs import make_spec
 
 from serve_app.errors import InputLost, OutOfMemory, RetryableError, WorkerBusy, WorkerLost
 from serve_app.jobs.job import Job, JobStatus
 from serve_app.jobs.retries import ATTEMPTS_BOUND, Again, GiveUp, after_loss
+from support.jobs import make_spec
 
 
 def job(attempt: int = 1, charged: int = 0, *, suspect: bool = False) -> Job:

@@ -11,8 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import sqlalchemy as sa
-from support.jobs import ALICE, BOB, RESULT, make_spec
-from support.postgres import new_database
 
 from serve_app.config import LimitsConfig
 from serve_app.database import Database, jobs
@@ -20,6 +18,8 @@ from serve_app.errors import QueueFull
 from serve_app.jobs.job import InputRef, Job, JobStatus
 from serve_app.jobs.records import UNREADABLE
 from serve_app.jobs.store import JobStore
+from support.jobs import ALICE, BOB, RESULT, make_spec
+from support.postgres import new_database
 
 
 def claim(store: JobStore, count: int = 1, name: str = "one", lease_s: float = 60.0) -> tuple[Job, ...]:
