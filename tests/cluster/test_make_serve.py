@@ -56,7 +56,8 @@ def launch(data: Path, port: int) -> "subprocess.Popen[str]":
 
 def still_running(processes: list[psutil.Process]) -> list[psutil.Process]:
     """Those that have not ended; a zombie has, its new parent only has not collected it yet."""
-    return [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    _, left = psutil.wait_procs(processes, timeout=2)
+    return [process for process in left if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
 
 
 def free_port() -> int:
