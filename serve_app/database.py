@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from alembic.util import CommandError
 from filelock import FileLock
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine.interfaces import DBAPIConnection
@@ -181,7 +182,11 @@ class Database:
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCKS, name)))
 
     def migrate(self) -> None:
-        """Bring the schema to the revision of this code. Safe to call from many processes at once, and again."""
+        """Bring the schema to the revision of this code. Safe to call from many processes at once, and again.
+
+        Raises:
+            ConfigError: a newer version of this code has been here.
+        """
         if self._file:
             with FileLock(f"{self._file}.lock"):
                 # WAL is a lasting property of the file. Switching needs the file to itself and can't wait for it.
@@ -206,11 +211,15 @@ class Database:
         self.engine.dispose()
 
     def _upgrade(self) -> None:
-        with self.transaction() as connection:
-            self.lock(connection, _MIGRATION_LOCK)
-            config = _alembic_config()
-            config.attributes["connection"] = connection
-            alembic.command.upgrade(config, "head")
+        try:
+            with self.transaction() as connection:
+                self.lock(connection, _MIGRATION_LOCK)
+                config = _alembic_config()
+                config.attributes["connection"] = connection
+                alembic.command.upgrade(config, "head")
+        except CommandError:
+            self.check_revision()  # a newer version was here: say so in our words
+            raise
 
     def _set_wal(self) -> None:
         connection = self.engine.raw_connection()

@@ -58,6 +58,8 @@ def test_an_old_schema_is_refused_until_migrated(url: str) -> None:
         connection.execute(sa.text("UPDATE alembic_version SET version_num = 'other'"))
     with pytest.raises(ConfigError, match="revision other"):
         database.check_revision()
+    with pytest.raises(ConfigError, match="revision other"):
+        database.migrate()
     database.close()
 
 
