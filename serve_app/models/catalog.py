@@ -3,6 +3,7 @@
 A row appears after the last file of a model is in place, so what is listed can be loaded. Knows nothing of torch.
 """
 
+import math
 from enum import StrEnum
 
 import sqlalchemy as sa
@@ -58,7 +59,7 @@ class Catalog:
         """
         values = entry.model_dump(exclude={"created_at"}, mode="json")
         with self._database.transaction() as connection:
-            self._database.insert_if_new(connection, models, {**values, "created_at": self._database.now_sql()})
+            self._database.insert_if_new(connection, models, {**values, "created_at": self._next_time(connection)})
             known = _entry(connection.execute(sa.select(models).where(models.c.id == entry.id)).one())
             if known.type is not entry.type:
                 raise ConfigError(
@@ -69,6 +70,11 @@ class Catalog:
             if published != known:
                 connection.execute(sa.update(models).where(models.c.id == entry.id).values(values))
         return published
+
+    def _next_time(self, connection: sa.Connection) -> float:
+        """The database's time, but later than every entry's: who came first must not depend on a clock's ticks."""
+        now, newest = connection.execute(sa.select(self._database.now_sql(), sa.func.max(models.c.created_at))).one()
+        return float(now) if newest is None else max(float(now), math.nextafter(newest, math.inf))
 
     def find(self, id: str) -> ModelEntry | None:  # noqa: A002  - the column's name
         with self._database.read() as connection:

@@ -127,9 +127,14 @@ class LocalStore:
             _sync_folder(path.parent)
 
     def _make_folder(self, folder: Path) -> None:
-        if not folder.is_dir():
+        while not folder.is_dir():
             self._make_folder(folder.parent)
-            folder.mkdir(exist_ok=True)
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                if folder.is_file():
+                    raise
+                continue  # made by another writer, and perhaps pruned again by a deletion
             _sync_folder(folder.parent)
 
     def _prune(self, folder: Path) -> None:

@@ -2,7 +2,9 @@ import subprocess
 import sys
 
 import pytest
+import sqlalchemy as sa
 
+from serve_app.database import Database
 from serve_app.errors import ConfigError, UnknownModel
 from serve_app.models.catalog import Catalog, ModelEntry, ModelType
 
@@ -71,6 +73,16 @@ def test_a_control_type_means_the_oldest_net_of_the_family(catalog: Catalog) -> 
     assert catalog.nets("sd15") == (first, second)
     catalog.add(entry("zz-first", ModelType.CONTROLNET, control_type="canny", hash="bb"))
     assert catalog.nets("sd15")[0].id == "zz-first"
+
+
+def test_models_published_within_one_tick_of_the_clock_keep_their_order(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Database, "now_sql", lambda _: sa.literal(1_795_391_954.75))
+    names = ["c", "a", "b"]
+    for name in names:
+        catalog.add(entry(name, ModelType.CONTROLNET))
+    assert [net.id for net in catalog.nets("sd15")] == names
 
 
 def test_a_deleted_model_is_gone(catalog: Catalog) -> None:

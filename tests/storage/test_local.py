@@ -3,6 +3,7 @@
 import errno
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -131,6 +132,26 @@ def test_writers_and_deleters_of_one_folder_do_not_trip_over_each_other(store: L
     for thread in threads:
         thread.join()
     assert errors == []
+
+
+def test_a_folder_that_appears_and_goes_while_it_is_made_is_made_again(
+    store: LocalStore, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mkdir, calls = Path.mkdir, []
+
+    def raced(path: Path, *args: Any, **options: Any) -> None:
+        calls.append(path.name)
+        if len(calls) == 1:
+            raise FileExistsError(errno.EEXIST, "File exists", str(path))
+        mkdir(path, *args, **options)
+
+    monkeypatch.setattr(Path, "mkdir", raced)
+    store.put("folder/a", b"x", "text/plain")
+    assert calls == ["folder", "folder"]
+    assert store.get("folder/a") == b"x"
+    (root / "file").write_bytes(b"")
+    with pytest.raises(OSError, match="file"):
+        store.put("file/a", b"x", "text/plain")
 
 
 def test_a_write_that_fails_leaves_nothing(store: LocalStore, root: Path) -> None:
