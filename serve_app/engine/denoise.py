@@ -53,7 +53,7 @@ def predict(seats: Sequence[Seat], beat: Callable[[], None]) -> Predictions:
     rows = _Rows(
         torch.cat([seat.call.latent.expand(len(span), -1, -1, -1) for seat, span in zip(seats, spans, strict=True)]),
         torch.tensor(times, dtype=torch.float32, device=base.device),
-        torch.cat([seat.running.text for seat in seats]),
+        torch.cat([seat.conditioning.text for seat in seats]),
     )
     residuals, nets = _control_residuals(rows, seats, spans, beat)
     sample = rows.latents
@@ -80,14 +80,14 @@ def _spans(seats: Sequence[Seat]) -> list[range]:
     """The rows of every seat, side by side."""
     spans, begin = [], 0
     for seat in seats:
-        spans.append(range(begin, begin + seat.running.request.rows))
-        begin += seat.running.request.rows
+        spans.append(range(begin, begin + seat.rows))
+        begin += seat.rows
     return spans
 
 
 def _guide(noise: Tensor, seat: Seat) -> Tensor:
     """Classifier-free guidance: (2, 4, h, w) or, without it, (1, 4, h, w) -> (1, 4, h, w)."""
-    if not seat.running.request.guided:
+    if seat.rows == 1:
         return noise
     unconditional, conditional = noise.chunk(2)
     return unconditional + seat.running.request.task.guidance_scale * (conditional - unconditional)

@@ -18,7 +18,8 @@ from serve_app.config import DenoiserConfig
 from serve_app.engine.batching import Budget, Candidate, plan
 from serve_app.engine.decode import decode
 from serve_app.engine.denoise import Predictions, predict
-from serve_app.engine.encode import PromptEncoder, prepare
+from serve_app.engine.encode import prepare
+from serve_app.engine.prompts import PromptEncoder
 from serve_app.engine.request import Ended, GenerationRequest, Picture, RunningRequest, Seat
 from serve_app.errors import Cancelled, JobError, OutOfMemory, ServeError, WorkerLost
 from serve_app.metrics import Meter
@@ -110,7 +111,7 @@ class Engine:
             for picture in running.pictures
             if picture.call is not None
         ]
-        candidates = [Candidate(seat.running.group, seat.running.request.rows, seat.picture.served) for seat in waiting]
+        candidates = [Candidate(seat.running.group, seat.rows, seat.picture.served) for seat in waiting]
         return [waiting[index] for index in plan(candidates, self._budget)]
 
     def _run(self, seats: Sequence[Seat]) -> Predictions | None:

@@ -65,6 +65,30 @@ class GenerationRequest:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Conditioning:
+    """What the text says to the models; the unconditional row first, where there is one."""
+
+    text: Tensor
+    """(rows, tokens, d), for the cross-attention."""
+    pooled: Tensor | None = None
+    """(rows, p): the pooled embedding that SDXL adds to the time embedding."""
+    sizes: Tensor | None = None
+    """(rows, 6): SDXL's original size, crop corner and target size, in pixels."""
+
+    @property
+    def rows(self) -> int:
+        return len(self.text)
+
+    def last(self, rows: int) -> "Conditioning":
+        """The last ``rows`` rows; the conditional one is the last of all."""
+        return Conditioning(
+            self.text[-rows:],
+            None if self.pooled is None else self.pooled[-rows:],
+            None if self.sizes is None else self.sizes[-rows:],
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Control:
     """One ControlNet of a running request."""
 
@@ -117,8 +141,7 @@ class RunningRequest:
     """A request that holds engine state."""
 
     request: GenerationRequest
-    text: Tensor
-    """(rows, tokens, d): the unconditional row first, where there is one."""
+    conditioning: Conditioning
     controls: tuple[Control, ...]
     pictures: Sequence[Picture]
     started_at: float = field(default_factory=time.monotonic)
@@ -130,7 +153,7 @@ class RunningRequest:
     @property
     def group(self) -> Group:
         base, (height, width) = self.request.base, self.request.latent_size
-        return Group(f"{base.id}@{base.hash}", height, width, int(self.text.shape[1]))
+        return Group(f"{base.id}@{base.hash}", height, width, int(self.conditioning.text.shape[1]))
 
     @property
     def done(self) -> bool:
@@ -143,6 +166,16 @@ class Seat(NamedTuple):
     running: RunningRequest
     picture: Picture
     call: ModelCall
+
+    @property
+    def rows(self) -> int:
+        """Rows of this forward that the picture takes: 2 with guidance, else 1."""
+        return 1 if self.call.conditional_only else self.running.request.rows
+
+    @property
+    def conditioning(self) -> Conditioning:
+        """Of these rows."""
+        return self.running.conditioning.last(self.rows)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -40,6 +40,8 @@ class ModelCall:
     """How many timesteps the sampler has; control windows are fractions of it."""
     extra: Tensor | None = None
     """(1, 5, h, w): mask and masked image that an inpaint UNet takes beside the latent."""
+    conditional_only: bool = False
+    """Ask for the conditional row alone, unguided, whatever the request's guidance: inversions run without it."""
 
 
 Sampler = Generator[ModelCall, Tensor, Tensor]

@@ -284,7 +284,7 @@ def test_failed_requests_hold_no_tensors(zoo: Zoo) -> None:
     one = request(zoo, task(controls=controls("canny")))
     engine.add(one)
     engine.step()
-    state = weakref.ref(engine._running[0].text)
+    state = weakref.ref(engine._running[0].conditioning.text)
     with breaking(zoo.base.unet, torch.OutOfMemoryError("no memory"), at_call=1):
         ended = engine.step()
     engine.step()

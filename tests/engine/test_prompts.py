@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from serve_app.engine.encode import PromptEncoder, encode_prompt
+from serve_app.engine.prompts import PromptEncoder, encode_prompt
 from support.tiny import Zoo, renamed, request, task
 
 
@@ -16,7 +16,7 @@ def test_a_long_prompt_is_its_pieces_in_a_row(zoo: Zoo) -> None:
 
 
 def test_the_shorter_prompt_is_filled_up_with_empty_pieces(zoo: Zoo) -> None:
-    rows = PromptEncoder().rows(request(zoo, task(prompt="a b", negative_prompt="word " * 60)))
+    rows = PromptEncoder().rows(request(zoo, task(prompt="a b", negative_prompt="word " * 60))).text
     empty = encode_prompt(zoo.base, "", None)
     assert rows.shape == (2, 77 * 4, 16)
     torch.testing.assert_close(rows[1:, 77:154], empty)
@@ -24,7 +24,7 @@ def test_the_shorter_prompt_is_filled_up_with_empty_pieces(zoo: Zoo) -> None:
 
 
 def test_without_guidance_there_is_one_row(zoo: Zoo) -> None:
-    assert PromptEncoder().rows(request(zoo, task(guidance_scale=1.0))).shape == (1, 77, 16)
+    assert PromptEncoder().rows(request(zoo, task(guidance_scale=1.0))).text.shape == (1, 77, 16)
 
 
 def test_embeddings_are_kept_by_model_prompt_and_clip_skip(zoo: Zoo) -> None:
