@@ -20,6 +20,8 @@ class ControlType:
     needs_mask: bool = False
     lines: bool = False
     """The map holds thin lines, poses or flat colours: a sent map is resized without inventing levels between them."""
+    union: int | None = None
+    """Index of this control in a ControlNet-Union (xinsir/controlnet-union-sdxl-1.0 and its promax version)."""
 
 
 _SD15 = "lllyasviel/control_"
@@ -33,6 +35,7 @@ CONTROL_TYPES: Mapping[str, ControlType] = {
             "sdxl": "xinsir/controlnet-canny-sdxl-1.0",
         },
         lines=True,
+        union=3,
     ),
     "depth": ControlType(
         None,
@@ -42,12 +45,13 @@ CONTROL_TYPES: Mapping[str, ControlType] = {
             "sdxl": "xinsir/controlnet-depth-sdxl-1.0",
         },
         missing="the weights depth-anything/Depth-Anything-V2-Small-hf",
+        union=1,
     ),
-    "hed": ControlType(None, {"sd15": _SD15 + "v11p_sd15_softedge"}, missing="the weights ControlNetHED.pth"),
+    "hed": ControlType(None, {"sd15": _SD15 + "v11p_sd15_softedge"}, missing="the weights ControlNetHED.pth", union=2),
     "mlsd": ControlType(
-        None, {"sd15": _SD15 + "v11p_sd15_mlsd"}, missing="the weights mlsd_large_512_fp32.pth", lines=True
+        None, {"sd15": _SD15 + "v11p_sd15_mlsd"}, missing="the weights mlsd_large_512_fp32.pth", lines=True, union=3
     ),
-    "normal": ControlType(None, {"sd15": _SD15 + "v11p_sd15_normalbae"}, missing="the weights scannet.pt"),
+    "normal": ControlType(None, {"sd15": _SD15 + "v11p_sd15_normalbae"}, missing="the weights scannet.pt", union=4),
     "openpose": ControlType(
         None,
         {
@@ -57,27 +61,37 @@ CONTROL_TYPES: Mapping[str, ControlType] = {
         },
         missing="the weights body_pose_model.pth",
         lines=True,
+        union=0,
     ),
     "scribble": ControlType(
         "xdog",
         {"sd15": _SD15 + "v11p_sd15_scribble", "sdxl": "xinsir/controlnet-scribble-sdxl-1.0"},
         lines=True,
+        union=2,
     ),
     "segmentation": ControlType(
-        None, {"sd15": _SD15 + "v11p_sd15_seg"}, missing="the weights openmmlab/upernet-convnext-small", lines=True
+        None,
+        {"sd15": _SD15 + "v11p_sd15_seg"},
+        missing="the weights openmmlab/upernet-convnext-small",
+        lines=True,
+        union=5,
     ),
     "aesthetic-controlnet": ControlType("canny", {"sd21": "krea/aesthetic-controlnet"}, lines=True),
-    "inpaint": ControlType("inpaint", {"sd15": _SD15 + "v11p_sd15_inpaint"}, needs_mask=True),
-    "softedge": ControlType(None, {"sd15": _SD15 + "v11p_sd15_softedge"}, missing="the weights table5_pidinet.pth"),
-    "lineart": ControlType("lineart_standard", {"sd15": _SD15 + "v11p_sd15_lineart"}, lines=True),
+    "inpaint": ControlType("inpaint", {"sd15": _SD15 + "v11p_sd15_inpaint"}, needs_mask=True, union=7),
+    "softedge": ControlType(
+        None, {"sd15": _SD15 + "v11p_sd15_softedge"}, missing="the weights table5_pidinet.pth", union=2
+    ),
+    "lineart": ControlType("lineart_standard", {"sd15": _SD15 + "v11p_sd15_lineart"}, lines=True, union=3),
     "shuffle": ControlType("shuffle", {"sd15": _SD15 + "v11e_sd15_shuffle"}),
-    "tile": ControlType("tile", {"sd15": _SD15 + "v11f1e_sd15_tile", "sdxl": "xinsir/controlnet-tile-sdxl-1.0"}),
+    "tile": ControlType(
+        "tile", {"sd15": _SD15 + "v11f1e_sd15_tile", "sdxl": "xinsir/controlnet-tile-sdxl-1.0"}, union=6
+    ),
     "face_detector": ControlType(
         None, {"sd15": "CrucibleAI/ControlNetMediaPipeFace"}, missing="the model file face_landmarker.task", lines=True
     ),
     "qrcode": ControlType("tile", {"sd15": "monster-labs/control_v1p_sd15_qrcode_monster"}, lines=True),
     "lineart_anime": ControlType(
-        None, {"sd15": _SD15 + "v11p_sd15s2_lineart_anime"}, missing="the weights netG.pth", lines=True
+        None, {"sd15": _SD15 + "v11p_sd15s2_lineart_anime"}, missing="the weights netG.pth", lines=True, union=3
     ),
 }
 

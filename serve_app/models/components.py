@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTokenizer
+from diffusers import AutoencoderKL, ControlNetModel, ControlNetUnionModel, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,9 @@ class BaseComponents:
     device: torch.device
     dtype: torch.dtype
     size_bytes: int
+    text_encoder_2: CLIPTextModelWithProjection | None = None
+    tokenizer_2: CLIPTokenizer | None = None
+    """SDXL's second text encoder; other families have one."""
 
     @property
     def vae_scale(self) -> int:
@@ -38,8 +41,13 @@ class NetComponents:
     id: str
     family: str
     hash: str
-    net: ControlNetModel
+    net: ControlNetModel | ControlNetUnionModel
     size_bytes: int
+
+    @property
+    def union(self) -> bool:
+        """Whether one net serves many control types, which it is told (ControlNet-Union)."""
+        return isinstance(self.net, ControlNetUnionModel)
 
     @property
     def global_pool(self) -> bool:
