@@ -2,13 +2,13 @@
 
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import AutoencoderKL, ControlNetModel, ControlNetUnionModel, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from serve_app.config import DenoiserConfig
 from serve_app.engine.engine import Engine
@@ -44,45 +44,81 @@ _UNET: Mapping[str, Any] = {
 }
 
 
-def tiny_tokenizer() -> CLIPTokenizer:
-    """One token a character: ten words are about fifty tokens."""
-    letters = string.ascii_lowercase + string.digits + ",.!"
+_UNET_SD2: Mapping[str, Any] = {
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "cross_attention_dim": 24,
+    "attention_head_dim": (2, 4),
+    "use_linear_projection": True,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+}
+_UNET_SDXL: Mapping[str, Any] = {
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "cross_attention_dim": 16 + 24,  # widths of both text encoders
+    "attention_head_dim": (2, 4),
+    "use_linear_projection": True,
+    "transformer_layers_per_block": (1, 2),
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 6 * 8 + 20,  # sizes, and the pooled text
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+}
+_UNETS: Mapping[str, Mapping[str, Any]] = {"sd15": _UNET, "sd21": _UNET_SD2, "sdxl": _UNET_SDXL}
+
+
+def tiny_tokenizer(pad: str | None = None) -> CLIPTokenizer:
+    """One token a character: ten words are about fifty tokens. SD2 and SDXL's second one fill up with "!"."""
+    letters = string.ascii_lowercase + string.digits + ",.!():\\[]{}"
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={token: n for n, token in enumerate(tokens)}, merges=[], model_max_length=77)
+    options = {} if pad is None else {"pad_token": pad}
+    return CLIPTokenizer(vocab={token: n for n, token in enumerate(tokens)}, merges=[], model_max_length=77, **options)
 
 
-def tiny_base(name: str = "base", *, channels: int = 4, family: str = "sd15", seed: int = 0) -> BaseComponents:
-    torch.manual_seed(seed)
-    tokenizer = tiny_tokenizer()
-    unet = UNet2DConditionModel(
-        in_channels=channels, sample_size=32, up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), **_UNET
-    )
-    vae = AutoencoderKL(
+def _unet(family: str, channels: int) -> UNet2DConditionModel:
+    config = _UNETS[family]
+    up = tuple(name.replace("Down", "Up") for name in reversed(config["down_block_types"]))
+    return UNet2DConditionModel(in_channels=channels, sample_size=32, up_block_types=up, **config).eval()
+
+
+def _vae(**options: Any) -> AutoencoderKL:
+    return AutoencoderKL(
         block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         latent_channels=4,
         norm_num_groups=4,
+        **options,
+    ).eval()
+
+
+def _text_config(tokenizer: CLIPTokenizer, width: int, layers: int, **options: Any) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=24,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **options,
     )
-    text = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+
+
+def tiny_base(name: str = "base", *, channels: int = 4, family: str = "sd15", seed: int = 0) -> BaseComponents:
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer()
+    unet, vae = _unet("sd15", channels), _vae()
     return BaseComponents(
         id=name,
         family=family,
         hash=f"hash-of-{name}",
-        unet=unet.eval(),
-        vae=vae.eval(),
-        text_encoder=text.eval(),
+        unet=unet,
+        vae=vae,
+        text_encoder=CLIPTextModel(_text_config(tokenizer, 16, 3)).eval(),
         tokenizer=tokenizer,
         scheduler_config=SCHEDULER_CONFIG,
         device=torch.device("cpu"),
@@ -91,21 +127,101 @@ def tiny_base(name: str = "base", *, channels: int = 4, family: str = "sd15", se
     )
 
 
+def tiny_sd2(name: str = "sd2", *, seed: int = 40) -> BaseComponents:
+    """As SD 2.1 at 768: v-prediction, linear projections, and a text encoder that ends at CLIP's penultimate layer."""
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer("!")
+    unet, vae = _unet("sd21", 4), _vae()
+    return BaseComponents(
+        id=name,
+        family="sd21",
+        hash=f"hash-of-{name}",
+        unet=unet,
+        vae=vae,
+        text_encoder=CLIPTextModel(_text_config(tokenizer, 24, 3, hidden_act="gelu")).eval(),
+        tokenizer=tokenizer,
+        scheduler_config={
+            **SCHEDULER_CONFIG,
+            "_class_name": "DDIMScheduler",
+            "prediction_type": "v_prediction",
+        },
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        size_bytes=1,
+    )
+
+
+def tiny_sdxl(name: str = "xl", *, channels: int = 4, seed: int = 50) -> BaseComponents:
+    """As SDXL: two text encoders of different widths, and the pooled text and sizes in the time embedding."""
+    torch.manual_seed(seed)
+    tokenizer, tokenizer_2 = tiny_tokenizer(), tiny_tokenizer("!")
+    unet, vae = _unet("sdxl", channels), _vae(scaling_factor=0.13025, force_upcast=True)
+    second = _text_config(tokenizer_2, 24, 4, hidden_act="gelu", projection_dim=20)
+    return BaseComponents(
+        id=name,
+        family="sdxl",
+        hash=f"hash-of-{name}",
+        unet=unet,
+        vae=vae,
+        text_encoder=CLIPTextModel(_text_config(tokenizer, 16, 4)).eval(),
+        tokenizer=tokenizer,
+        scheduler_config={
+            **SCHEDULER_CONFIG,
+            "_class_name": "EulerDiscreteScheduler",
+            "prediction_type": "epsilon",
+            "timestep_spacing": "leading",
+            "interpolation_type": "linear",
+        },
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        size_bytes=1,
+        text_encoder_2=CLIPTextModelWithProjection(second).eval(),
+        tokenizer_2=tokenizer_2,
+    )
+
+
+def _fill(*modules: torch.nn.Module) -> None:
+    """New ControlNets end in zero convolutions: unless they are filled, any engine would seem to obey them."""
+    for module in modules:
+        for parameter in module.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+
+
 def tiny_net(
-    name: str, *, seed: int = 1, family: str = "sd15", global_pool: bool = False, order: str = "rgb"
+    name: str,
+    *,
+    seed: int = 1,
+    family: str = "sd15",
+    global_pool: bool = False,
+    order: str = "rgb",
+    shape: str | None = None,
 ) -> NetComponents:
+    """``shape``: the family whose UNet it copies, if that is another than the one it says it is of."""
     torch.manual_seed(seed)
     net = ControlNetModel(
         conditioning_embedding_out_channels=(8, 16),
         global_pool_conditions=global_pool,
         controlnet_conditioning_channel_order=order,
-        **_UNET,
+        **_UNETS[shape or family],
     )
-    # New ControlNets end in zero convolutions: unless they are filled, any engine would seem to obey them.
-    for module in (net.controlnet_down_blocks, net.controlnet_mid_block, net.controlnet_cond_embedding.conv_out):
-        for parameter in module.parameters():
-            torch.nn.init.normal_(parameter, std=0.3)
+    _fill(net.controlnet_down_blocks, net.controlnet_mid_block, net.controlnet_cond_embedding.conv_out)
     return NetComponents(id=name, family=family, hash=f"hash-of-{name}", net=net.eval(), size_bytes=1)
+
+
+def tiny_union(name: str, *, types: int, seed: int) -> NetComponents:
+    """A ControlNet-Union for SDXL that knows ``types`` control types: 6 as first published, 8 as the promax version."""
+    torch.manual_seed(seed)
+    net = ControlNetUnionModel(
+        conditioning_embedding_out_channels=(8, 16),
+        num_control_type=types,
+        num_trans_channel=8,
+        num_trans_head=2,
+        num_proj_channel=8,
+        **_UNET_SDXL,
+    )
+    ends = (net.controlnet_down_blocks, net.controlnet_mid_block, net.controlnet_cond_embedding.conv_out)
+    _fill(*ends, net.spatial_ch_projs)
+    return NetComponents(id=name, family="sdxl", hash=f"hash-of-{name}", net=net.eval(), size_bytes=1)
 
 
 @dataclass(frozen=True)
@@ -116,16 +232,34 @@ class Zoo:
     inpaint: BaseComponents
     """With a UNet of nine channels."""
     nets: Mapping[str, NetComponents]
+    families: Mapping[str, BaseComponents] = field(default_factory=dict)
+    """Bases of other families than SD 1.5, by id."""
+
+    def model(self, name: str) -> BaseComponents:
+        """The base that a task means by ``model``."""
+        return self.families.get(name) or (self.inpaint if name == "inpaint" else self.base)
 
 
 def tiny_zoo() -> Zoo:
-    nets = {
-        "canny": tiny_net("canny", seed=1),
-        "depth": tiny_net("depth", seed=2, order="bgr"),
-        "shuffle": tiny_net("shuffle", seed=3, global_pool=True),
-        "other-family": tiny_net("other-family", family="sdxl"),
-    }
-    return Zoo(tiny_base(), tiny_base("inpaint", channels=9, seed=5), nets)
+    nets = (
+        tiny_net("canny", seed=1),
+        tiny_net("depth", seed=2, order="bgr"),
+        tiny_net("shuffle", seed=3, global_pool=True),
+        tiny_net("other-family", family="sdxl", shape="sd15"),
+        tiny_net("sd2-canny", seed=41, family="sd21"),
+        tiny_net("sd2-depth", seed=42, family="sd21"),
+        tiny_net("xl-canny", seed=51, family="sdxl"),
+        tiny_net("xl-depth", seed=52, family="sdxl"),
+        tiny_union("xl-union", types=6, seed=53),
+        tiny_union("xl-promax", types=8, seed=54),
+    )
+    bases = (tiny_sd2(), tiny_sdxl(), tiny_sdxl("xl-inpaint", channels=9, seed=55))
+    return Zoo(
+        tiny_base(),
+        tiny_base("inpaint", channels=9, seed=5),
+        {net.id: net for net in nets},
+        {base.id: base for base in bases},
+    )
 
 
 def picture(height: int, width: int, seed: int) -> ImageArray:
@@ -178,7 +312,7 @@ def request(
     return GenerationRequest(
         ref=AttemptRef(job_id=next(_job_ids), attempt=1, alone=alone),
         task=wanted,
-        base=zoo.inpaint if wanted.model == "inpaint" else zoo.base,
+        base=zoo.model(wanted.model),
         nets=tuple(zoo.nets[control.net] for control in wanted.controls),
         init_image=picture(*size, seed=11) if needs_image else None,
         mask=half_mask(*size) if wanted.mode is Mode.MASKED else None,
