@@ -7,10 +7,7 @@ results/load.json beside this file and prints a table. ``rows`` is the mean numb
 """
 
 import argparse
-import importlib.metadata
-import json
 import os
-import platform
 import signal
 import socket
 import statistics
@@ -26,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+from report import RESULTS, machine, write
 
 from workloads import unlike_requests
 
 API = "/api/v1/enterprise"
-PACKAGES = ("ray", "torch", "diffusers", "transformers", "controlnet-serve")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,17 +130,6 @@ def run(server: Server, arguments: argparse.Namespace) -> list[Result]:
     return results
 
 
-def machine() -> dict[str, object]:
-    cpu = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine())
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {"cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version(), "versions": versions}
-
-
-def _cpuinfo() -> list[str]:
-    file = Path("/proc/cpuinfo")
-    return file.read_text().splitlines() if file.exists() else []
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", help="a running server; default: start one")
@@ -152,19 +138,16 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "load.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "load.json")
     arguments = parser.parse_args()
+    described = machine()
     if arguments.url:
         results = run(Server(arguments.url, arguments.key), arguments)
     else:
         with own_server() as (url, key):
             results = run(Server(url, key), arguments)
-    report = {
-        "machine": machine(),
-        "results": [asdict(result) | {"ratio": round(result.ratio, 2)} for result in results],
-    }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+    figures = [asdict(result) | {"ratio": round(result.ratio, 2)} for result in results]
+    write(arguments.output, {"repetitions": arguments.repetitions}, figures, described)
     print("size  requests  one after another  all at once  ratio  rows (one, all)")
     for result in results:
         rows = result.sequential[0].rows, result.concurrent[0].rows

@@ -1,29 +1,32 @@
-"""What sharing forwards gains: sixteen unlike requests at once, one after another, and through diffusers' pipelines.
+"""What sharing forwards gains: sixteen unlike requests, at once in the engine, against two usual ways.
 
-    python benchmarks/step_time.py --sizes 64 512 --repetitions 3 --json benchmarks/results/step_time.json
+    python benchmarks/step_time.py --sizes 64 128 256 512 --repetitions 3
 
-The model is random and small (SD's shape, four levels, 32 to 64 channels) and runs on one thread: the ratios say how
-much of a step is overhead that batching saves, not how fast a real model is.
+- "pipelines": a diffusers pipeline per request, one after another;
+- "equal only": batches of requests that are equal in all but prompt and seed, one batch after another, as servers
+  that hand whole batches to a pipeline do. Of the workload "unlike" no two are equal; of "half alike" eight are.
+
+The model is random and small and runs on one thread: the ratios say how much of a step is overhead that sharing saves,
+not how fast a real model is. "latents" leaves out the VAE's decoding, which no way shares.
 """
 
 import argparse
-import json
-import platform
 import statistics
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from models import small_base, small_nets
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from report import RESULTS, machine, write
+from torch import Tensor
 
 from serve_app.config import DenoiserConfig
 from serve_app.engine.engine import Engine
@@ -35,124 +38,106 @@ from serve_app.schedulers import available_schedulers
 from serve_app.tasks import AttemptRef, ControlInput, GenerationTask, Mode
 
 REQUESTS = 16
-LEVELS: dict[str, Any] = {
-    "block_out_channels": (32, 64, 64, 64),
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
-    "cross_attention_dim": 32,
-    "attention_head_dim": 4,
-    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-}
+NO_PIPELINE = ("DDIMInverseScheduler", "IPNDMScheduler", "KarrasVeScheduler", "ScoreSdeVeScheduler")
+"""Schedulers that fail or draw wrong pictures in diffusers' pipelines: there is nothing to compare with."""
 
 
-def build_models() -> tuple[BaseComponents, dict[str, NetComponents]]:
-    """A base model and two ControlNets; eight pixels a latent cell, as in SD."""
-    torch.manual_seed(0)
-    tokenizer = CLIPTokenizer(model_max_length=77)
-    text = CLIPTextConfig(
-        vocab_size=3,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(8, 16, 16, 16),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=4,
-        norm_num_groups=8,
-    )
-    base = BaseComponents(
-        id="small",
+class NoDecoder:
+    """Stands for a VAE whose decoding costs nothing; everything else is the real one's."""
+
+    def __init__(self, vae: Any) -> None:
+        self.real = vae
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+    def decode(self, latent: Tensor, **_: object) -> tuple[Tensor]:
+        rows, _, height, width = latent.shape
+        return (latent.new_zeros(rows, 3, height * 8, width * 8),)
+
+
+@dataclass(frozen=True)
+class Taken:
+    """One run of a workload in one way."""
+
+    seconds: float
+    forwards: int
+    """Of the UNet."""
+
+
+def build_task(n: int, side: int, steps: int) -> GenerationTask:
+    """Unlike in scheduler, steps, guidance, mode, and in which and how many ControlNets are used."""
+    names = [name for name in available_schedulers() if name not in NO_PIPELINE]
+    used = [(), ("canny",), ("scribble",), ("canny", "scribble")][n % 4]
+    mode = Mode.IMAGE if n % 5 == 4 else Mode.TEXT
+    return GenerationTask(
+        model="small",
         family="sd15",
-        hash="random",
-        unet=UNet2DConditionModel(
-            sample_size=64, up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3, **LEVELS
-        ).eval(),
-        vae=vae.eval(),
-        text_encoder=CLIPTextModel(text).eval(),
-        tokenizer=tokenizer,
-        scheduler_config={
-            "beta_start": 0.00085,
-            "beta_end": 0.012,
-            "beta_schedule": "scaled_linear",
-            "steps_offset": 1,
-        },
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        size_bytes=0,
+        prompt=f"picture {n}",
+        width=side,
+        height=side,
+        seed=n,
+        scheduler=names[n % len(names)],
+        steps=steps + n % 3,
+        guidance_scale=1.0 if n % 8 == 7 else 7.5,
+        strength=0.75 if mode is Mode.IMAGE else 1.0,
+        use_karras_sigmas=False,
+        mode=mode,
+        controls=tuple(ControlInput(net=name, control_type=name, scale=0.5 + n / 32) for name in used),
     )
-    nets = {
-        name: NetComponents(name, "sd15", name, ControlNetModel(**LEVELS).eval(), 0) for name in ("canny", "scribble")
-    }
-    return base, nets
 
 
 def build_requests(
-    base: BaseComponents, nets: dict[str, NetComponents], side: int, steps: int
+    base: BaseComponents, nets: dict[str, NetComponents], side: int, steps: int, alike: int
 ) -> list[GenerationRequest]:
-    """Sixteen that differ in scheduler, steps, guidance, mode, and in which and how many ControlNets they use."""
+    """Sixteen; the first ``alike`` of them differ in prompt and seed only."""
     rng = np.random.default_rng(0)
-    names = available_schedulers()
     requests = []
     for n in range(REQUESTS):
-        used = [(), ("canny",), ("scribble",), ("canny", "scribble")][n % 4]
-        mode = Mode.IMAGE if n % 5 == 4 else Mode.TEXT
-        task = GenerationTask(
-            model=base.id,
-            family=base.family,
-            prompt=f"picture {n}",
-            width=side,
-            height=side,
-            seed=n,
-            scheduler=names[n % len(names)],
-            steps=steps + n % 3,
-            guidance_scale=1.0 if n % 8 == 7 else 7.5,
-            strength=0.75 if mode is Mode.IMAGE else 1.0,
-            mode=mode,
-            controls=tuple(ControlInput(net=name, control_type=name, scale=0.5 + n / 32) for name in used),
-        )
-        maps = tuple(rng.integers(0, 256, (side, side, 3), np.uint8) for _ in used)
-        image = rng.integers(0, 256, (side, side, 3), np.uint8) if mode is Mode.IMAGE else None
-        ref = AttemptRef(job_id=n, attempt=1)
-        requests.append(GenerationRequest(ref, task, base, tuple(nets[name] for name in used), image, None, maps))
+        task = build_task(n, side, steps)
+        if n < alike:
+            task = build_task(1, side, steps).model_copy(update={"prompt": task.prompt, "seed": task.seed})
+        maps = tuple(rng.integers(0, 256, (side, side, 3), np.uint8) for _ in task.controls)
+        image = rng.integers(0, 256, (side, side, 3), np.uint8) if task.mode is Mode.IMAGE else None
+        used = tuple(nets[control.net] for control in task.controls)
+        requests.append(GenerationRequest(AttemptRef(job_id=n, attempt=1), task, base, used, image, None, maps))
     return requests
 
 
-def in_engine(requests: Sequence[GenerationRequest]) -> float:
-    """Run them together; the mean number of rows of a forward."""
-    engine = Engine(DenoiserConfig(max_rows=2 * REQUESTS), PrometheusMeter())
+def at_once(requests: Sequence[GenerationRequest]) -> int:
+    engine = Engine(DenoiserConfig(max_rows=2 * REQUESTS, max_running=REQUESTS), PrometheusMeter())
     for request in requests:
         engine.add(request)
     while engine.busy:
         for ended in engine.step():
             if not isinstance(ended.outcome, RunningRequest):
                 raise ended.outcome
-    return engine.unet_rows / engine.unet_forwards
+    return engine.unet_forwards
 
 
-def at_once(requests: Sequence[GenerationRequest]) -> float:
-    return in_engine(requests)
+def equal_only(requests: Sequence[GenerationRequest]) -> int:
+    batches: dict[str, list[GenerationRequest]] = defaultdict(list)
+    for request in requests:
+        settings = request.task.model_dump_json(exclude={"prompt", "negative_prompt", "seed"})
+        batches[settings].append(request)
+    return sum(at_once(batch) for batch in batches.values())
 
 
-def one_by_one(requests: Sequence[GenerationRequest]) -> float:
-    return statistics.mean(in_engine([request]) for request in requests)
-
-
-def with_pipelines(requests: Sequence[GenerationRequest]) -> float:
+def pipelines(requests: Sequence[GenerationRequest]) -> int:
+    forwards = []
+    hook = requests[0].base.unet.register_forward_hook(lambda *_: forwards.append(1))
     for request in requests:
         _pipeline(request)
-    return statistics.mean(request.rows for request in requests)
+    hook.remove()
+    return len(forwards)
 
 
 def _pipeline(request: GenerationRequest) -> None:
     """The request as a user of diffusers would run it; parts are loaded already, building a pipeline is cheap."""
     task, base = request.task, request.base
+    latents_only = isinstance(base.vae, NoDecoder)
     parts: dict[str, Any] = {
-        "vae": base.vae,
+        "vae": base.vae.real if latents_only else base.vae,
         "text_encoder": base.text_encoder,
         "tokenizer": base.tokenizer,
         "unet": base.unet,
@@ -161,7 +146,7 @@ def _pipeline(request: GenerationRequest) -> None:
         "feature_extractor": None,
         "requires_safety_checker": False,
     }
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"output_type": "latent" if latents_only else "np"}
     maps = [Image.fromarray(drawn) for drawn in request.maps]
     name = "StableDiffusionControlNet" if maps else "StableDiffusion"
     if maps:
@@ -185,71 +170,67 @@ def _pipeline(request: GenerationRequest) -> None:
     )
 
 
-WAYS: dict[str, Callable[[Sequence[GenerationRequest]], float]] = {
-    "engine, at once": at_once,
-    "engine, one by one": one_by_one,
-    "diffusers, one by one": with_pipelines,
+WAYS: dict[str, Callable[[Sequence[GenerationRequest]], int]] = {
+    "at once": at_once,
+    "equal only": equal_only,
+    "pipelines": pipelines,
 }
 
 
-def measure(sizes: Sequence[int], steps: int, repetitions: int) -> list[dict[str, Any]]:
-    """One row per size and way; ways alternate within a repetition, so that a slow minute hits all of them."""
-    base, nets = build_models()
-    rows = []
-    for side in sizes:
-        requests = build_requests(base, nets, side, steps)
-        seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-        mean_rows = dict.fromkeys(WAYS, 0.0)
-        at_once(requests[:4])  # first calls set up kernels and caches
-        for _ in range(repetitions):
-            for way, run in WAYS.items():
-                begin = time.perf_counter()
-                mean_rows[way] = run(requests)
-                seconds[way].append(time.perf_counter() - begin)
-        together = statistics.median(seconds["engine, at once"])
-        rows += [
-            {
-                "pixels": f"{side}x{side}",
-                "way": way,
-                "seconds": taken,
-                "median_s": statistics.median(taken),
-                "mean_rows": mean_rows[way],
-                "times_at_once": statistics.median(taken) / together,
-            }
-            for way, taken in seconds.items()
-        ]
-    return rows
+def measure(side: int, steps: int, repetitions: int, alike: int, *, decode: bool) -> list[dict[str, Any]]:
+    """One row per way; ways alternate within a repetition, so that a slow minute hits all of them."""
+    base = small_base()
+    if not decode:
+        base = replace(base, vae=NoDecoder(base.vae))
+    requests = build_requests(base, small_nets("canny", "scribble"), side, steps, alike)
+    taken: dict[str, list[Taken]] = {way: [] for way in WAYS}
+    for run in WAYS.values():
+        run(requests[:2])  # first calls set up kernels and caches
+    for _ in range(repetitions):
+        for way, run in WAYS.items():
+            begin = time.perf_counter()
+            forwards = run(requests)
+            taken[way].append(Taken(time.perf_counter() - begin, forwards))
+    median = {way: statistics.median(one.seconds for one in runs) for way, runs in taken.items()}
+    return [
+        {
+            "side": side,
+            "workload": "half alike" if alike else "unlike",
+            "what": "pictures" if decode else "latents",
+            "way": way,
+            "seconds": [round(one.seconds, 3) for one in runs],
+            "forwards": runs[0].forwards,
+            "times_at_once": round(median[way] / median["at once"], 2),
+            "times_forwards": round(runs[0].forwards / taken["at once"][0].forwards, 2),
+        }
+        for way, runs in taken.items()
+    ]
 
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 512], help="sides of the pictures, pixels")
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128, 256, 512], help="sides of the pictures")
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="write the results there, too")
+    parser.add_argument("--output", type=Path, default=RESULTS / "step_time.json")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     diffusers.utils.logging.set_verbosity_error()
-    rows = measure(options.sizes, options.steps, options.repetitions)
-    print(f"{'pixels':<10}{'way':<24}{'median s':>9}{'rows':>7}{'x at once':>11}")
-    for row in rows:
-        print(
-            f"{row['pixels']:<10}{row['way']:<24}{row['median_s']:>9.2f}{row['mean_rows']:>7.1f}"
-            f"{row['times_at_once']:>11.2f}"
-        )
-    if options.json is not None:
-        report = {
-            "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": {"processor": platform.processor() or platform.machine(), "python": platform.python_version()},
-            "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
-            "threads": torch.get_num_threads(),
-            "requests": REQUESTS,
-            "steps": options.steps,
-            "repetitions": options.repetitions,
-            "results": rows,
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    described = machine()
+    rows = []
+    print(f"{'side':>5} {'workload':<11}{'what':<9}{'way':<11}{'median s':>9}{'x':>7}{'forwards':>9}{'x':>7}")
+    for side in options.sizes:
+        for alike, decode in ((0, False), (REQUESTS // 2, False), (0, True)):
+            for row in measure(side, options.steps, options.repetitions, alike, decode=decode):
+                rows.append(row)
+                print(
+                    f"{side:>5} {row['workload']:<11}{row['what']:<9}{row['way']:<11}"
+                    f"{statistics.median(row['seconds']):>9.2f}{row['times_at_once']:>7.2f}"
+                    f"{row['forwards']:>9}{row['times_forwards']:>7.2f}",
+                    flush=True,
+                )
+    settings = {"requests": REQUESTS, "steps": options.steps, "repetitions": options.repetitions}
+    write(options.output, settings, rows, described)
 
 
 if __name__ == "__main__":
