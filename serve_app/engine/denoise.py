@@ -22,7 +22,7 @@ class Predictions:
     guided: tuple[Tensor, ...]
     """Per seat, (1, 4, h, w)."""
     rows: int
-    """Rows of the UNet forward."""
+    """Rows of the UNet forward, padding not counted."""
     nets: tuple[str, ...]
     """Ids of the ControlNets, one per ControlNet forward."""
 
@@ -42,20 +42,35 @@ class _Use(NamedTuple):
     rows: range
 
 
-def predict(seats: Sequence[Seat], beat: Callable[[], None]) -> Predictions:
+def predict(seats: Sequence[Seat], beat: Callable[[], None], *, pad_to: int | None = None) -> Predictions:
     """The guided predictions for the calls of ``seats``, which must be of one group. At least one seat.
 
     ``beat`` is called after every ControlNet's forward, so that nobody takes a long step for a stuck one.
+
+    With ``pad_to`` every forward, of the UNet and of each ControlNet, has exactly that many rows; copies of a row
+    fill it up. Libraries pick their kernels by the shape of their input, and kernels differ in the last bit; at a
+    fixed shape a row is bit-equal at every place and beside every neighbour.
+
+    Raises:
+        ValueError: ``pad_to`` is smaller than the number of rows.
     """
     base = seats[0].running.request.base
     spans = _spans(seats)
     times = [seat.call.timestep for seat, span in zip(seats, spans, strict=True) for _ in span]
-    rows = _Rows(
-        torch.cat([seat.call.latent.expand(len(span), -1, -1, -1) for seat, span in zip(seats, spans, strict=True)]),
-        torch.tensor(times, dtype=torch.float32, device=base.device),
-        torch.cat([seat.conditioning.text for seat in seats]),
+    width = len(times) if pad_to is None else pad_to
+    if width < len(times):
+        raise ValueError(f"{len(times)} rows do not fit into a forward of {width}.")
+    rows = _padded(
+        _Rows(
+            torch.cat(
+                [seat.call.latent.expand(len(span), -1, -1, -1) for seat, span in zip(seats, spans, strict=True)]
+            ),
+            torch.tensor(times, dtype=torch.float32, device=base.device),
+            torch.cat([seat.conditioning.text for seat in seats]),
+        ),
+        width,
     )
-    residuals, nets = _control_residuals(rows, seats, spans, beat)
+    residuals, nets = _control_residuals(rows, seats, spans, beat, pad_to)
     sample = rows.latents
     if seats[0].call.extra is not None:
         extras = [
@@ -63,7 +78,7 @@ def predict(seats: Sequence[Seat], beat: Callable[[], None]) -> Predictions:
             for seat, span in zip(seats, spans, strict=True)
             if seat.call.extra is not None
         ]
-        sample = torch.cat([sample, torch.cat(extras)], dim=1)
+        sample = torch.cat([rows.latents, _filled(torch.cat(extras), width)], dim=1)
     noise = base.unet(
         sample,
         rows.timesteps,
@@ -74,6 +89,16 @@ def predict(seats: Sequence[Seat], beat: Callable[[], None]) -> Predictions:
     )[0]
     guided = tuple(_guide(noise[span.start : span.stop], seat) for seat, span in zip(seats, spans, strict=True))
     return Predictions(guided, len(times), nets)
+
+
+def _padded(rows: _Rows, width: int) -> _Rows:
+    return _Rows(*(_filled(part, width) for part in rows))
+
+
+def _filled(rows: Tensor, width: int) -> Tensor:
+    """(r, ...) -> (width, ...), filled up with copies of the last row."""
+    missing = width - len(rows)
+    return torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])]) if missing else rows
 
 
 def _spans(seats: Sequence[Seat]) -> list[range]:
@@ -94,7 +119,7 @@ def _guide(noise: Tensor, seat: Seat) -> Tensor:
 
 
 def _control_residuals(
-    rows: _Rows, seats: Sequence[Seat], spans: Sequence[range], beat: Callable[[], None]
+    rows: _Rows, seats: Sequence[Seat], spans: Sequence[range], beat: Callable[[], None], pad_to: int | None
 ) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
     """What the ControlNets add to the UNet's skip connections, shallow to deep, the middle block last; and their ids.
 
@@ -103,7 +128,7 @@ def _control_residuals(
     total: list[Tensor] = []
     uses = _uses(seats, spans)
     for group in uses:
-        for level, part in enumerate(_one_net(rows, group)):
+        for level, part in enumerate(_one_net(rows, group, pad_to)):
             if level == len(total):
                 total.append(part)
             else:
@@ -114,8 +139,9 @@ def _control_residuals(
 
 
 def _uses(seats: Sequence[Seat], spans: Sequence[range]) -> list[list[_Use]]:
-    """Every active ControlNet of the batch, grouped by net, in the order of the requests' lists.
+    """Every active ControlNet of the batch, grouped by net, in the order of the nets' names.
 
+    That order is the same whoever shares the batch, so the last bit of a row's sum does not depend on its neighbours.
     A net that one request names twice makes two groups, so that no group adds to a row twice: on a GPU the order of
     such additions, and so the last bit of the sum, would be left to chance.
     """
@@ -129,23 +155,24 @@ def _uses(seats: Sequence[Seat], spans: Sequence[range]) -> list[list[_Use]]:
             seen[net] = seen.get(net, 0) + 1
             guided = span[-1:] if control.conditional_only else span
             groups.setdefault((*net, seen[net]), []).append(_Use(control, guided))
-    return list(groups.values())
+    return [groups[key] for key in sorted(groups)]
 
 
-def _one_net(rows: _Rows, uses: Sequence[_Use]) -> list[Tensor]:
+def _one_net(rows: _Rows, uses: Sequence[_Use], pad_to: int | None) -> list[Tensor]:
     """One ControlNet forward on the rows that want it; its scaled residuals spread over all R rows."""
     net = uses[0].control.net
     where = torch.tensor([row for use in uses for row in use.rows], device=rows.latents.device)
     hints = torch.cat([use.control.hint.expand(len(use.rows), -1, -1, -1) for use in uses])
     picked = _Rows(*(part.index_select(0, where) for part in rows))
-    residuals = _residuals(net.net, picked, hints)
+    width = len(where) if pad_to is None else pad_to
+    residuals = _residuals(net.net, _padded(picked, width), _filled(hints, width))
     if net.global_pool:
         residuals = [residual.mean(dim=(2, 3), keepdim=True) for residual in residuals]
     scales = _scales(uses, len(residuals)).to(rows.latents)
     spread = []
     for level, residual in enumerate(residuals):
         everywhere = residual.new_zeros(len(rows.latents), *residual.shape[1:])
-        scaled = residual * scales[:, level, None, None, None]
+        scaled = residual[: len(where)] * scales[:, level, None, None, None]
         spread.append(everywhere.index_copy(0, where, scaled))
     return spread
 
