@@ -32,18 +32,27 @@ class Value(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class ControlInput(Value):
+class MapInput(Value):
+    """How one control map is made from a picture."""
+
+    control_type: str
+    annotator: str | None = None
+    """Name of the annotator; None: the default of the control type."""
+    params: Mapping[str, JsonScalar] = Field(default_factory=dict)
+    """The annotator's parameters; what is left out has its default."""
+    auto_hint: bool = True
+    """True: an annotator makes the control map; False: the given image is the control map."""
+
+
+class ControlInput(MapInput):
     """One ControlNet of a task."""
 
     net: str
     """Catalogue id of the ControlNet, already resolved (never ``canny``, but the net that ``canny`` means)."""
-    control_type: str
     scale: float = 1.0
     start: float = 0.0
     end: float = 1.0
     """The control window, as fractions of the steps."""
-    auto_hint: bool = True
-    """True: an annotator makes the control map; False: the given image is the control map."""
 
 
 class GenerationTask(Value):
@@ -77,10 +86,23 @@ class GenerationTask(Value):
         return tuple((self.seed + k) % 2**32 for k in range(self.samples))
 
 
+class MapsTask(Value):
+    """Control maps of one picture; nothing is drawn."""
+
+    controls: Annotated[tuple[MapInput, ...], Field(min_length=1)]
+    width: int | None = None
+    height: int | None = None
+    """Pixels; None: as ``serve_app.images.fitting_size`` says, from the picture's own size."""
+    max_width: int
+    max_height: int
+
+
 class AnnotationTask(Value):
     """One control map to make."""
 
     control_type: str
+    annotator: str | None = None
+    """Name of the annotator; None: the default of the control type."""
     width: int
     height: int
     seed: int = 0
@@ -124,6 +146,19 @@ class OutputOptions(Value):
 
     def file_name(self, index: int) -> str:
         return f"{self.file_prefix}-{index}.png"
+
+    def map_name(self, index: int) -> str:
+        """Of the map of control ``index``, where maps are stored beside the pictures."""
+        return f"{self.file_prefix}-control-{index}.png"
+
+
+class MapOutput(Value):
+    """Where a control map is stored as a picture."""
+
+    key: str
+    """Object store key."""
+    base64_text: bool = False
+    """As in ``OutputOptions``."""
 
 
 class GenerationResult(Value):
