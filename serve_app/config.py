@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, field_validator, model_validator
 
 from serve_app.errors import ConfigError, UnknownModel, one_of
 
@@ -69,7 +69,7 @@ class ModelSource(Section):
     family: str | None = None
     """Base family; None: read from the model's own configuration."""
     control_type: str | None = None
-    """For a ControlNet: the built-in id (``canny`` ...) it answers to."""
+    """For a ControlNet: the built-in id (``canny`` ...) it answers to. A ControlNet-Union is known by its files."""
 
 
 class FetchConfig(Section):
@@ -166,6 +166,13 @@ class DenoiserConfig(ReplicaConfig):
     """Rows of one UNet forward at most."""
     max_latent_area: Count = 16 * 128 * 128
     """Rows x latent height x latent width of one UNet forward at most."""
+    deterministic: StrictBool | Annotated[int, Field(ge=2)] = False
+    """Draw pictures that are equal byte for byte whatever else is drawn beside them; else they may differ by 1/255 a
+    channel, because libraries pick their kernels by the number of rows. Every forward then runs in one number of rows
+    for its latent size, filled up where there are fewer: ``true`` picks it by the size (4 at 512x512, 2 at 1024x1024;
+    see ``engine.batching.Budget.pinned_rows``), a number sets it. A request alone takes up to twice as long with
+    ``true``, and full forwards are smaller. Equality is per device type and library versions, and needs the same
+    number on every replica."""
     max_running: Count = 16
     """Requests that hold engine state at once. The oldest finish first and one that guides fills two rows, so that
     ``max_rows / 2`` requests fill a forward; twice that covers those that encode or decode, more would only hold

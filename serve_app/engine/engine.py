@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from serve_app.config import DenoiserConfig
-from serve_app.engine.batching import Budget, Candidate, plan
+from serve_app.engine.batching import Budget, Candidate, Planner
 from serve_app.engine.decode import decode
 from serve_app.engine.denoise import Predictions, predict
 from serve_app.engine.encode import prepare
@@ -36,7 +36,8 @@ class Engine:
     """Row-level continuous batching over the requests of one device."""
 
     def __init__(self, config: DenoiserConfig, meter: Meter) -> None:
-        self._budget = Budget(config.max_rows, config.max_latent_area)
+        self._budget = Budget(config.max_rows, config.max_latent_area, config.deterministic)
+        self._planner = Planner(self._budget)
         self._max_running = config.max_running
         self._meter = meter
         self._prompts = PromptEncoder()
@@ -92,7 +93,7 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Ended]:
-        """One forward for the pictures that waited longest; returns the requests that ended since the last step.
+        """One forward for the pictures whose turn it is; returns the requests that ended since the last step.
 
         Raises:
             torch.AcceleratorError: the device is unusable from here on; so is the engine.
@@ -112,14 +113,15 @@ class Engine:
             if picture.call is not None
         ]
         candidates = [Candidate(seat.running.group, seat.rows, seat.picture.served) for seat in waiting]
-        return [waiting[index] for index in plan(candidates, self._budget)]
+        return [waiting[index] for index in self._planner.plan(candidates)]
 
     def _run(self, seats: Sequence[Seat]) -> Predictions | None:
         """The forward; None where there is nothing to predict or it failed, and with it every request in it."""
         predictions = None
         if seats:
+            pinned_rows = self._budget.pinned_rows(*seats[0].running.request.latent_size)
             with self._blame(*_distinct(seats)):
-                predictions = predict(seats, self._beat)
+                predictions = predict(seats, self._beat, pad_to=pinned_rows)
         self._beat()
         return predictions
 
