@@ -96,6 +96,15 @@ CONTROL_TYPES: Mapping[str, ControlType] = {
 }
 
 
+UNION = "union"
+"""In place of a control type: a ControlNet-Union, which is told its types with each request."""
+
+
+def union_control_types(count: int) -> tuple[str, ...]:
+    """Control types that a ControlNet-Union of ``count`` types (its ``num_control_type``) knows."""
+    return tuple(name for name, row in CONTROL_TYPES.items() if row.union is not None and row.union < count)
+
+
 def annotatable_types() -> tuple[str, ...]:
     """Control types whose map this version can make from a photo."""
     return tuple(name for name, row in CONTROL_TYPES.items() if row.annotator)

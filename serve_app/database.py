@@ -95,6 +95,8 @@ models = sa.Table(
     sa.Column("type", sa.String(16), nullable=False),
     sa.Column("family", sa.String(32), nullable=False),
     sa.Column("control_type", sa.String(32)),
+    sa.Column("union_types", sa.Integer),
+    sa.Column("max_clip_skip", sa.Integer),
     sa.Column("location", sa.Text, nullable=False),  # folder in diffusers layout
     sa.Column("hash", sa.String(64), nullable=False),
     sa.Column("size_bytes", sa.BigInteger, nullable=False),

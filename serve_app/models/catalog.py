@@ -8,6 +8,7 @@ from enum import StrEnum
 
 import sqlalchemy as sa
 
+from serve_app.controls import union_control_types
 from serve_app.database import Database, models
 from serve_app.errors import ConfigError, UnknownModel, one_of
 from serve_app.tasks import Value
@@ -31,7 +32,11 @@ class ModelEntry(Value):
     family: str
     """A ControlNet works with base models of its own family only."""
     control_type: str | None = None
-    """For a ControlNet: the built-in id (``canny`` ...) it answers to, if any."""
+    """For a ControlNet: the built-in id (``canny`` ...) it answers to, if any; ``union`` for a ControlNet-Union."""
+    union_types: int | None = None
+    """For a ControlNet-Union: how many control types it knows."""
+    max_clip_skip: int | None = None
+    """For a base model: how many layers of its text encoders can be skipped."""
     location: str
     """Absolute folder in diffusers layout, the same on every node."""
     hash: str
@@ -40,6 +45,13 @@ class ModelEntry(Value):
     """Of the files that are loaded."""
     created_at: float = 0.0
     """Seconds since the epoch; the catalogue sets it when an id is first published."""
+
+    @property
+    def control_types(self) -> tuple[str, ...]:
+        """For a ControlNet: the built-in ids it can stand for."""
+        if self.union_types is not None:
+            return union_control_types(self.union_types)
+        return () if self.control_type is None else (self.control_type,)
 
 
 class Catalog:
@@ -113,8 +125,12 @@ class Catalog:
         return tuple(_entry(row) for row in rows)
 
     def net_for(self, control_type: str, family: str) -> ModelEntry | None:
-        """The ControlNet that a built-in id (``canny`` ...) means with bases of ``family``: the oldest one."""
-        return next((net for net in self.nets(family) if net.control_type == control_type), None)
+        """The ControlNet that a built-in id (``canny`` ...) means with bases of ``family``.
+
+        The oldest one made for it, else the oldest ControlNet-Union that knows it.
+        """
+        able = [net for net in self.nets(family) if control_type in net.control_types]
+        return min(able, key=lambda net: net.union_types is not None, default=None)
 
 
 def _entry(row: sa.Row[tuple[object, ...]]) -> ModelEntry:

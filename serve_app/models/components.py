@@ -27,6 +27,15 @@ class BaseComponents:
     text_encoder_2: CLIPTextModelWithProjection | None = None
     tokenizer_2: CLIPTokenizer | None = None
     """SDXL's second text encoder; other families have one."""
+    zero_empty_negative: bool = False
+    """An empty negative prompt means embeddings of zeros: diffusers' ``force_zeros_for_empty_prompt``."""
+
+    @property
+    def max_clip_skip(self) -> int:
+        """Layers of the text encoders that can be skipped; SDXL reads the layer before the last, so one less."""
+        if self.text_encoder_2 is None:
+            return int(self.text_encoder.config.num_hidden_layers)
+        return min(encoder.config.num_hidden_layers for encoder in (self.text_encoder, self.text_encoder_2)) - 1
 
     @property
     def vae_scale(self) -> int:

@@ -9,15 +9,15 @@ mounted looks like, fails nobody: the job runs again, perhaps on another node, a
 
 import errno
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, ControlNetUnionModel, DDIMScheduler, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from serve_app.errors import ModelError, ModelLoadFailed, OutOfMemory, RetryableError, WorkerLost
@@ -30,6 +30,13 @@ T = TypeVar("T")
 
 # Both libraries replace methods of torch.nn while they build an empty model: two loads at once would mix them up.
 _ONE_AT_A_TIME = threading.Lock()
+
+_CLASSES: Mapping[str, Any] = {
+    "unet": UNet2DConditionModel,
+    "vae": AutoencoderKL,
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": CLIPTextModelWithProjection,
+}
 
 _ANSWERS = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG})
 """Errors by which a disk that works says that a file is not there."""
@@ -49,36 +56,39 @@ def load_base(entry: ModelEntry, device: torch.device, dtype: torch.dtype) -> Ba
         WorkerLost: ``device`` broke; nothing on it works from here on.
         RetryableError: the disk could not be read, or the folder is not there.
     """
-    return _guarded(entry, ModelType.BASE, lambda source: _base(entry, source.folder, device, dtype))
+    return _guarded(entry, ModelType.BASE, lambda source: _base(entry, source, device, dtype))
 
 
 def load_net(entry: ModelEntry, device: torch.device, dtype: torch.dtype) -> NetComponents:
     """Load a ControlNet; otherwise as ``load_base``."""
-    return _guarded(entry, ModelType.CONTROLNET, lambda source: _net(entry, source.folder, device, dtype))
+    return _guarded(entry, ModelType.CONTROLNET, lambda source: _net(entry, source, device, dtype))
 
 
-def _base(entry: ModelEntry, folder: Path, device: torch.device, dtype: torch.dtype) -> BaseComponents:
-    unet = _module(UNet2DConditionModel, folder / "unet", device, dtype)
-    vae = _module(AutoencoderKL, folder / "vae", device, dtype)
-    text_encoder = _module(CLIPTextModel, folder / "text_encoder", device, dtype)
+def _base(entry: ModelEntry, source: ResolvedSource, device: torch.device, dtype: torch.dtype) -> BaseComponents:
+    modules = {part: _module(_CLASSES[part], source, part, device, dtype) for part in source.parts}
+    tokenizers = {
+        part: CLIPTokenizer.from_pretrained(source.folder / part, local_files_only=True)
+        for part in ("tokenizer", "tokenizer_2")
+        if part.replace("tokenizer", "text_encoder") in modules
+    }
     return BaseComponents(
         id=entry.id,
         family=entry.family,
         hash=entry.hash,
-        unet=unet,
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
+        **modules,
+        **tokenizers,
         # Every scheduler class reads the same file; which one runs is the request's choice.
-        scheduler_config=DDIMScheduler.load_config(folder / "scheduler", local_files_only=True),
+        scheduler_config=DDIMScheduler.load_config(source.folder / "scheduler", local_files_only=True),
         device=device,
         dtype=dtype,
-        size_bytes=sum(_size_bytes(module) for module in (unet, vae, text_encoder)),
+        size_bytes=sum(map(_size_bytes, modules.values())),
+        zero_empty_negative=source.zero_empty_negative,
     )
 
 
-def _net(entry: ModelEntry, folder: Path, device: torch.device, dtype: torch.dtype) -> NetComponents:
-    net = _module(ControlNetModel, folder, device, dtype)
+def _net(entry: ModelEntry, source: ResolvedSource, device: torch.device, dtype: torch.dtype) -> NetComponents:
+    kind = ControlNetModel if source.union_types is None else ControlNetUnionModel
+    net = _module(kind, source, ".", device, dtype)
     return NetComponents(id=entry.id, family=entry.family, hash=entry.hash, net=net, size_bytes=_size_bytes(net))
 
 
@@ -131,14 +141,20 @@ def _check(entry: ModelEntry, wanted: ModelType) -> ResolvedSource:
     return source
 
 
-def _module(kind: Any, folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+def _module(kind: Any, source: ResolvedSource, part: str, device: torch.device, dtype: torch.dtype) -> Any:
     """One model, complete: a weight that is missing from the files would silently be random.
 
     Loaded in float32 and cast afterwards, for the libraries would else change torch's default dtype, which is global,
     under the running engine.
     """
+    folder = source.folder / part
     module, report = kind.from_pretrained(
-        folder, use_safetensors=True, local_files_only=True, output_loading_info=True, dtype=torch.float32
+        folder,
+        use_safetensors=True,
+        variant=source.variant(part),
+        local_files_only=True,
+        output_loading_info=True,
+        dtype=torch.float32,
     )
     lacking = [*report["missing_keys"], *report["mismatched_keys"]]
     if lacking:

@@ -9,7 +9,7 @@ import logging
 from filelock import FileLock
 
 from serve_app.config import AppConfig, ModelSource
-from serve_app.controls import CONTROL_TYPES
+from serve_app.controls import CONTROL_TYPES, UNION, union_control_types
 from serve_app.errors import ConfigError, one_of
 from serve_app.models.catalog import Catalog, ModelEntry, ModelType
 from serve_app.models.demo import DEMO_CONTROL_TYPES, DEMO_FAMILY, DEMO_ID, demo_folders, demo_net_id, is_complete
@@ -42,7 +42,9 @@ def _publish(catalog: Catalog, source: ModelSource, *, trusting: bool) -> ModelE
         id=source.id,
         type=found.type,
         family=family_of(found.config, source.family),
-        control_type=source.control_type,
+        control_type=source.control_type if found.union_types is None else UNION,
+        union_types=found.union_types,
+        max_clip_skip=found.max_clip_skip,
         location=str(found.folder),
         hash="",
         size_bytes=found.size_bytes,
@@ -101,5 +103,12 @@ def _check_control_type(source: ModelSource, found: ResolvedSource) -> None:
         return
     if found.type is not ModelType.CONTROLNET:
         raise ConfigError(f"the model {source.id!r} is of type {found.type}: only a ControlNet has a control_type")
+    if found.union_types is not None:
+        if source.control_type != UNION:
+            known = ", ".join(union_control_types(found.union_types))
+            raise ConfigError(
+                f"the model {source.id!r} is a ControlNet-Union and answers to {known}; leave its control_type out"
+            )
+        return
     if source.control_type not in CONTROL_TYPES:
         raise ConfigError(f"model {source.id!r}: " + one_of("control_type", source.control_type, tuple(CONTROL_TYPES)))

@@ -5,48 +5,66 @@ its links lead are checked, so that what is listed can be loaded and can't run c
 """
 
 import hashlib
-import json
-import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
-
-from safetensors import SafetensorError, safe_open
 
 from serve_app.errors import FamilyMismatch, ModelLoadFailed, RetryableError, UnsafeModel, one_of
 from serve_app.models.catalog import ModelType
+from serve_app.models.folders import HALF, ModelFolder
 from serve_app.schedulers import SCHEDULERS
 
 _FAMILY_OF_WIDTH: Mapping[int, str] = {768: "sd15", 1024: "sd21", 2048: "sdxl"}
 """Width of the text embeddings that the cross-attention reads."""
 
-_PIPELINES = frozenset(
-    f"StableDiffusion{task}Pipeline" for task in ("", "Img2Img", "Inpaint", "ControlNet", "ControlNetInpaint")
+_TASKS = ("", "Img2Img", "Inpaint", "ControlNet", "ControlNetImg2Img", "ControlNetInpaint")
+_PIPELINES = frozenset(f"StableDiffusion{task}Pipeline" for task in _TASKS)
+_XL_PIPELINES = frozenset(
+    f"StableDiffusionXL{task}Pipeline"
+    for task in (*_TASKS, "ControlNetUnion", "ControlNetUnionImg2Img", "ControlNetUnionInpaint")
 )
+_TOKENIZERS = frozenset({"transformers.CLIPTokenizer", "transformers.CLIPTokenizerFast"})
 _LOADED: Mapping[str, frozenset[str]] = {
     "unet": frozenset({"diffusers.UNet2DConditionModel"}),
     "vae": frozenset({"diffusers.AutoencoderKL"}),
     "text_encoder": frozenset({"transformers.CLIPTextModel"}),
-    "tokenizer": frozenset({"transformers.CLIPTokenizer", "transformers.CLIPTokenizerFast"}),
-    "scheduler": frozenset(f"diffusers.{name}" for name in SCHEDULERS),
+    "tokenizer": _TOKENIZERS,
+    "scheduler": frozenset(f"diffusers.{name}" for name in (*SCHEDULERS, "TCDScheduler")),
 }
-"""Parts of a base model, and the classes each may be of."""
+"""Parts of a base model, and the classes each may be of.
+
+Of a scheduler nothing but its configuration is read, which all of these classes share. Others (EDM, flow matching) come
+with models that predict something else, and would be driven wrongly.
+"""
+_LOADED_XL: Mapping[str, frozenset[str]] = {
+    **_LOADED,
+    "text_encoder_2": frozenset({"transformers.CLIPTextModelWithProjection"}),
+    "tokenizer_2": _TOKENIZERS,
+}
 _NOT_LOADED: Mapping[str, frozenset[str]] = {
     "safety_checker": frozenset({"stable_diffusion.StableDiffusionSafetyChecker"}),
     "feature_extractor": frozenset({"transformers.CLIPImageProcessor", "transformers.CLIPFeatureExtractor"}),
     "image_encoder": frozenset({"transformers.CLIPVisionModelWithProjection"}),
+    "controlnet": frozenset({"diffusers.ControlNetModel", "diffusers.ControlNetUnionModel"}),
 }
 """Parts that published models carry and that this server leaves on the disk."""
 _WEIGHTS_STEM: Mapping[str, str] = {
+    ".": "diffusion_pytorch_model",  # a ControlNet
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
     "text_encoder": "model",
+    "text_encoder_2": "model",
 }
-_CONTROLNET = "ControlNetModel"
-_CONFIG_FILE: Mapping[str, str] = {"tokenizer": "tokenizer_config.json", "scheduler": "scheduler_config.json"}
-_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+_CONTROLNETS = ("ControlNetModel", "ControlNetUnionModel")
+_UNION_TYPES = 6
+"""diffusers' default of ``num_control_type``."""
+_CONFIG_FILE: Mapping[str, str] = {
+    "tokenizer": "tokenizer_config.json",
+    "tokenizer_2": "tokenizer_config.json",
+    "scheduler": "scheduler_config.json",
+}
 _REVISION = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]*")
 
 
@@ -61,6 +79,29 @@ class ResolvedSource:
     """Of the UNet or of the ControlNet."""
     files: tuple[str, ...]
     """What loading reads: weights and configuration, relative to ``folder``, sorted."""
+    parts: tuple[str, ...] = ()
+    """Of a base model: the subfolders that are loaded."""
+    max_clip_skip: int | None = None
+    """Of a base model: how many layers of its text encoders can be skipped."""
+    zero_empty_negative: bool = False
+    """Of a base model: an empty negative prompt means embeddings of zeros (``force_zeros_for_empty_prompt``)."""
+
+    @property
+    def union_types(self) -> int | None:
+        """Of a ControlNet-Union, how many control types it knows; None for every other model.
+
+        Known by its configuration, for repackaged ones call themselves ControlNetModel.
+        """
+        count = self.config.get("num_control_type")
+        if count is None and self.config.get("_class_name") == "ControlNetUnionModel":
+            return _UNION_TYPES
+        return count if isinstance(count, int) else None
+
+    def variant(self, part: str) -> str | None:
+        """``fp16`` where the weights of ``part`` are there in half precision only, as the libraries call it."""
+        start = _WEIGHTS_STEM[part] if part == "." else f"{part}/{_WEIGHTS_STEM[part]}"
+        weights = [name for name in self.files if name.startswith(start) and name.endswith(".safetensors")]
+        return HALF if all(f".{HALF}" in name for name in weights) else None
 
     @property
     def size_bytes(self) -> int:
@@ -102,26 +143,31 @@ def resolve(path: Path) -> ResolvedSource:
 
 def _resolve(path: Path) -> ResolvedSource:
     folder, roots = _locate(path)
-    reader = _Reader(folder, roots)
-    reader.refuse_code()
-    if reader.has("model_index.json"):
-        return _base(reader)
-    if reader.has("config.json") and reader.json("config.json").get("_class_name") == _CONTROLNET:
-        files = reader.part(".", "config.json", "diffusion_pytorch_model")
-        return ResolvedSource(folder, ModelType.CONTROLNET, reader.json("config.json"), tuple(sorted(set(files))))
-    pickles = reader.pickles(".")
+    model = ModelFolder(folder, roots)
+    model.refuse_code()
+    if model.has("model_index.json"):
+        return _base(model)
+    if model.has("config.json") and model.json("config.json").get("_class_name") in _CONTROLNETS:
+        files = model.part(".", "config.json", _WEIGHTS_STEM["."])
+        return ResolvedSource(folder, ModelType.CONTROLNET, model.json("config.json"), tuple(sorted(set(files))))
+    pickles = model.pickles(".")
     if pickles:
         raise UnsafeModel(f"{path}: only pickled weights ({', '.join(pickles)}); allowed: safetensors")
     raise ModelLoadFailed(
         f"{path} is not a model that can be served. Allowed: a folder with model_index.json (base model) or with a "
-        f"config.json of class {_CONTROLNET}, or a hub cache folder models--owner--name that holds one"
+        f"config.json of class {' or '.join(_CONTROLNETS)}, or a hub cache folder models--owner--name that holds one"
     )
 
 
 def detect_family(config: Mapping[str, object]) -> str:
-    """The base family that a UNet's or ControlNet's configuration belongs to, by the width of its text embeddings."""
+    """The base family that a UNet's or ControlNet's configuration belongs to, by the width of its text embeddings.
+
+    SDXL's also take the pooled text and the sizes (``text_time``), which no other known family does.
+    """
     width = _width(config)
-    return _FAMILY_OF_WIDTH.get(width, f"custom{width}")
+    found = _FAMILY_OF_WIDTH.get(width)
+    sized = config.get("addition_embed_type") == "text_time"
+    return f"custom{width}" if found is None or sized is not (found == "sdxl") else found
 
 
 def family_of(config: Mapping[str, object], named: str | None) -> str:
@@ -172,144 +218,62 @@ def _locate(path: Path) -> tuple[Path, tuple[Path, ...]]:
     return folder, (folder,)
 
 
-def _base(reader: "_Reader") -> ResolvedSource:
-    index = reader.json("model_index.json")
+def _base(model: ModelFolder) -> ResolvedSource:
+    index = model.json("model_index.json")
+    where = model.path / "model_index.json"
     pipeline = index.get("_class_name")
-    if not isinstance(pipeline, str) or pipeline not in _PIPELINES:
-        where = reader.folder / "model_index.json"
-        raise UnsafeModel(f"{where}: {one_of('pipeline class', pipeline, sorted(_PIPELINES))}")
+    if not isinstance(pipeline, str) or pipeline not in _PIPELINES | _XL_PIPELINES:
+        raise UnsafeModel(f"{where}: {one_of('pipeline class', pipeline, sorted(_PIPELINES | _XL_PIPELINES))}")
+    loaded = _LOADED_XL if pipeline in _XL_PIPELINES else _LOADED
     for name, value in index.items():
         if isinstance(value, list) and not name.startswith("_"):
-            _check_class(reader, name, value)
-    missing = [name for name in _LOADED if not isinstance(index.get(name), list)]
+            _check_class(where, loaded, name, value)
+    missing = [name for name in loaded if index.get(name) in (None, [None, None])]
+    if pipeline in _XL_PIPELINES and (index.get("requires_aesthetics_score") or "text_encoder" in missing):
+        raise ModelLoadFailed(f"{where}: this is a refiner of SDXL; allowed: base and inpainting models")
     if missing:
-        raise ModelLoadFailed(f"{reader.folder}: model_index.json has no {', '.join(missing)}")
+        raise ModelLoadFailed(f"{model.path}: model_index.json has no {', '.join(missing)}")
     files = {"model_index.json"}
-    for name in _LOADED:
-        files.update(reader.part(name, _CONFIG_FILE.get(name, "config.json"), _WEIGHTS_STEM.get(name)))
-    if "tokenizer/tokenizer.json" not in files and not {"tokenizer/vocab.json", "tokenizer/merges.txt"} <= files:
-        raise ModelLoadFailed(f"{reader.folder / 'tokenizer'}: neither tokenizer.json nor vocab.json and merges.txt")
-    return ResolvedSource(reader.folder, ModelType.BASE, reader.json("unet/config.json"), tuple(sorted(files)))
+    for name in loaded:
+        files.update(model.part(name, _CONFIG_FILE.get(name, "config.json"), _WEIGHTS_STEM.get(name)))
+        if name.startswith("tokenizer"):
+            _check_vocabulary(model, name, files)
+    return ResolvedSource(
+        model.path,
+        ModelType.BASE,
+        model.json("unet/config.json"),
+        tuple(sorted(files)),
+        tuple(name for name in loaded if name in _WEIGHTS_STEM),
+        _max_clip_skip(model, loaded),
+        # The pipelines of SDXL take it for true where it is not named; the others know no such thing.
+        pipeline in _XL_PIPELINES and bool(index.get("force_zeros_for_empty_prompt", True)),
+    )
 
 
-def _check_class(reader: "_Reader", name: str, value: list[object]) -> None:
+def _check_vocabulary(model: ModelFolder, name: str, files: AbstractSet[str]) -> None:
+    if f"{name}/tokenizer.json" not in files and not {f"{name}/vocab.json", f"{name}/merges.txt"} <= files:
+        raise ModelLoadFailed(f"{model.path / name}: neither tokenizer.json nor vocab.json and merges.txt")
+
+
+def _max_clip_skip(model: ModelFolder, loaded: Iterable[str]) -> int:
+    """All layers of SD's encoder may be skipped; SDXL reads the layer before the last, so one less of each."""
+    counts = []
+    for name in loaded:
+        if not name.startswith("text_encoder"):
+            continue
+        layers = model.json(f"{name}/config.json").get("num_hidden_layers", 12)
+        if not isinstance(layers, int):
+            raise ModelLoadFailed(f"{model.path / name}: num_hidden_layers must be a whole number, got {layers!r}")
+        counts.append(layers)
+    return min(counts) - (len(counts) - 1)
+
+
+def _check_class(where: Path, loaded: Mapping[str, frozenset[str]], name: str, value: list[object]) -> None:
     if value == [None, None]:
         return
-    allowed = _LOADED.get(name) or _NOT_LOADED.get(name)
+    allowed = loaded.get(name) or _NOT_LOADED.get(name)
     label = ".".join(str(part) for part in value)
-    where = reader.folder / "model_index.json"
     if allowed is None:
-        raise UnsafeModel(f"{where}: {one_of('component', name, [*_LOADED, *_NOT_LOADED])} It would be a {label}.")
+        raise UnsafeModel(f"{where}: {one_of('component', name, [*loaded, *_NOT_LOADED])} It would be a {label}.")
     if label not in allowed:
         raise UnsafeModel(f"{where}: {one_of(f'class of {name}', label, sorted(allowed))}")
-
-
-@dataclass(frozen=True, slots=True)
-class _Reader:
-    """Looks into one model folder, never outside ``roots``. Names are relative to the folder, with slashes."""
-
-    folder: Path
-    roots: tuple[Path, ...]
-
-    def has(self, name: str) -> bool:
-        try:
-            (self.folder / name).lstat()
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-        return True
-
-    def file(self, name: str) -> Path:
-        """The path of a file that is really there.
-
-        Raises:
-            ModelLoadFailed: it is missing, or a link to a blob that was not downloaded.
-            UnsafeModel: it is a link that leads out.
-        """
-        path = self.folder / name
-        try:
-            real = path.resolve(strict=True)
-        except (FileNotFoundError, NotADirectoryError, RuntimeError) as error:  # RuntimeError: a loop of links
-            raise ModelLoadFailed(f"{path}: missing, the model is incomplete") from error
-        if not any(real.is_relative_to(root) for root in self.roots):
-            raise UnsafeModel(f"{path}: leads out of the model, to {real}")
-        if not real.is_file():
-            raise ModelLoadFailed(f"{path}: not a file")
-        return path
-
-    def json(self, name: str) -> Mapping[str, object]:
-        """A configuration. Raises UnsafeModel if it asks for code of its own (``auto_map``)."""
-        path = self.file(name)
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ModelLoadFailed(f"{path}: {error}") from error
-        if not isinstance(value, dict):
-            raise ModelLoadFailed(f"{path}: expected a JSON object")
-        if "auto_map" in value:
-            raise UnsafeModel(f"{path}: auto_map names code that comes with the model")
-        return cast("Mapping[str, object]", value)
-
-    def refuse_code(self) -> None:
-        """Raises UnsafeModel if there is Python anywhere in the folder, or a folder that is a link."""
-        for parent, folders, names in os.walk(self.folder, onerror=_raise):
-            links = [name for name in folders if (Path(parent) / name).is_symlink()]
-            if links:
-                raise UnsafeModel(f"{Path(parent) / links[0]}: folders may not be links")
-            code = [name for name in names if name.lower().endswith((".py", ".pyc", ".so"))]
-            if code:
-                raise UnsafeModel(
-                    f"{Path(parent) / code[0]}: code in a model folder is not allowed; it is never needed to load one "
-                    "of the classes served here, so delete it or download only configuration and safetensors"
-                )
-
-    def pickles(self, part: str) -> list[str]:
-        return sorted(path.name for path in (self.folder / part).glob("*") if path.suffix in _PICKLES)
-
-    def part(self, part: str, config: str, stem: str | None) -> list[str]:
-        """All files of one component: configuration, vocabulary and, where it has a ``stem``, weights."""
-        prefix = "" if part == "." else f"{part}/"
-        self.json(prefix + config)
-        texts = [path.name for path in (self.folder / part).glob("*") if path.suffix in {".json", ".txt"}]
-        for name in texts:
-            if name.endswith("config.json"):
-                self.json(prefix + name)
-        weights = self._weights(part, prefix, stem) if stem else ()
-        return [prefix + name for name in (*texts, *weights) if self.file(prefix + name)]
-
-    def _weights(self, part: str, prefix: str, stem: str) -> Iterator[str]:
-        """The safetensors files that hold the weights, in one piece or in shards, each with an intact header."""
-        single, index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
-        names = {single} if self.has(prefix + single) else set()
-        if self.has(prefix + index):
-            names.update(self._shards(prefix + index))
-        if not names:
-            self._no_weights(part, single)
-        for name in sorted(names):
-            path = self.file(prefix + name)
-            try:
-                # Reads the header and holds it against the file's length: a file cut short is found here.
-                with safe_open(path, framework="numpy"):
-                    yield name
-            except SafetensorError as error:
-                raise ModelLoadFailed(f"{path}: {error}; the file is damaged or incomplete") from error
-
-    def _shards(self, index: str) -> Iterable[str]:
-        table = self.json(index).get("weight_map")
-        if not isinstance(table, dict) or not table:
-            raise ModelLoadFailed(f"{self.folder / index}: no weight_map")
-        for name in set(table.values()):
-            if not isinstance(name, str) or not name.endswith(".safetensors") or Path(name).name != name:
-                raise UnsafeModel(f"{self.folder / index}: {name!r} is not the name of a safetensors file beside it")
-            yield name
-
-    def _no_weights(self, part: str, expected: str) -> None:
-        where = self.folder / part
-        pickles = self.pickles(part)
-        if pickles:
-            raise UnsafeModel(f"{where}: only pickled weights ({', '.join(pickles)}); allowed: {expected}")
-        others = sorted(path.name for path in where.glob("*.safetensors"))
-        raise ModelLoadFailed(f"{where}: {expected} is missing; found {', '.join(others) or 'no weights'}")
-
-
-def _raise(error: OSError) -> None:
-    raise error

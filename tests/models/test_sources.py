@@ -219,7 +219,7 @@ def missing_weights(model: Path) -> None:
 
 def other_variant(model: Path) -> None:
     weights = model / "vae" / "diffusion_pytorch_model.safetensors"
-    weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    weights.rename(weights.with_name("diffusion_pytorch_model.non_ema.safetensors"))
 
 
 def no_part(model: Path) -> None:
@@ -247,8 +247,8 @@ def a_list_for_a_configuration(model: Path) -> None:
     ("harm", "named"),
     [
         (cut_weights, "vae/diffusion_pytorch_model.safetensors.*damaged or incomplete"),
-        (missing_weights, "vae: diffusion_pytorch_model.safetensors is missing; found no weights"),
-        (other_variant, "found diffusion_pytorch_model.fp16.safetensors"),
+        (missing_weights, "vae: diffusion_pytorch_model.safetensors or .* is missing; found no weights"),
+        (other_variant, "found diffusion_pytorch_model.non_ema.safetensors"),
         (no_part, "tokenizer/tokenizer_config.json: missing"),
         (no_vocabulary, "tokenizer: neither"),
         (part_not_named, "model_index.json has no vae"),
@@ -285,11 +285,19 @@ def test_what_is_no_model_is_answered_with_what_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("width", "family"),
-    [(768, "sd15"), (1024, "sd21"), (2048, "sdxl"), (64, "custom64"), ([768, 768], "sd15")],
+    ("width", "added", "family"),
+    [
+        (768, None, "sd15"),
+        (1024, None, "sd21"),
+        (2048, "text_time", "sdxl"),
+        (2048, None, "custom2048"),
+        (768, "text_time", "custom768"),
+        (64, None, "custom64"),
+        ([768, 768], None, "sd15"),
+    ],
 )
-def test_the_family_is_read_from_the_width(width: object, family: str) -> None:
-    assert detect_family({"cross_attention_dim": width}) == family
+def test_the_family_is_read_from_width_and_conditions(width: object, added: str | None, family: str) -> None:
+    assert detect_family({"cross_attention_dim": width, "addition_embed_type": added}) == family
 
 
 @pytest.mark.parametrize("width", [None, "768", [768, 1024], []])
