@@ -103,6 +103,19 @@ models = sa.Table(
     sa.Column("created_at", sa.Double, nullable=False),
 )
 
+control_maps = sa.Table(
+    "control_maps",
+    metadata,
+    sa.Column("key", sa.String(64), primary_key=True),  # hash of everything that the map follows from
+    sa.Column("size_bytes", sa.BigInteger, nullable=False),  # reserved in the object store
+    sa.Column("info", sa.Text),  # AnnotationInfo as JSON; NULL: not there yet, or going
+    sa.Column("digest", sa.String(64)),  # SHA-256 of the object's bytes, hex
+    sa.Column("used_at", sa.Double, nullable=False),
+    sa.Column("holder", sa.String(32)),  # who makes the map or deletes it
+    sa.Column("lease_until", sa.Double),
+    sa.Index("ix_control_maps_used_at", "used_at"),
+)
+
 facts = sa.Table(
     "facts",
     metadata,
