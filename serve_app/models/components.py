@@ -31,11 +31,18 @@ class BaseComponents:
     """An empty negative prompt means embeddings of zeros: diffusers' ``force_zeros_for_empty_prompt``."""
 
     @property
+    def text_encoders(self) -> tuple[tuple[CLIPTokenizer, CLIPTextModel | CLIPTextModelWithProjection], ...]:
+        """Each with its tokenizer: one, or SDXL's two."""
+        first = (self.tokenizer, self.text_encoder)
+        if self.tokenizer_2 is None or self.text_encoder_2 is None:
+            return (first,)
+        return first, (self.tokenizer_2, self.text_encoder_2)
+
+    @property
     def max_clip_skip(self) -> int:
         """Layers of the text encoders that can be skipped; SDXL reads the layer before the last, so one less."""
-        if self.text_encoder_2 is None:
-            return int(self.text_encoder.config.num_hidden_layers)
-        return min(encoder.config.num_hidden_layers for encoder in (self.text_encoder, self.text_encoder_2)) - 1
+        layers = [encoder.config.num_hidden_layers for _, encoder in self.text_encoders]
+        return int(min(layers)) - (len(layers) - 1)
 
     @property
     def vae_scale(self) -> int:

@@ -1,26 +1,32 @@
 import pytest
 import torch
 
+from serve_app.engine.prompt_weights import parse_weights
 from serve_app.engine.prompts import PromptEncoder, encode_prompt
+from serve_app.models.components import BaseComponents
 from support.tiny import Zoo, renamed, request, task
+
+
+def encoded(base: BaseComponents, prompt: str, clip_skip: int | None) -> torch.Tensor:
+    return encode_prompt(base, parse_weights(prompt), clip_skip).text
 
 
 def test_a_long_prompt_is_its_pieces_in_a_row(zoo: Zoo) -> None:
     """One letter is one token: 80 letters are a piece of 75 and a piece of 5."""
     letters = " ".join("abcdefgh" * 10)
-    whole = encode_prompt(zoo.base, letters, None)
-    first = encode_prompt(zoo.base, " ".join(("abcdefgh" * 10)[:75]), None)
-    second = encode_prompt(zoo.base, " ".join(("abcdefgh" * 10)[75:]), None)
+    whole = encoded(zoo.base, letters, None)
+    first = encoded(zoo.base, " ".join(("abcdefgh" * 10)[:75]), None)
+    second = encoded(zoo.base, " ".join(("abcdefgh" * 10)[75:]), None)
     assert whole.shape == (1, 154, 16)
     torch.testing.assert_close(whole, torch.cat([first, second], dim=1))
 
 
 def test_the_shorter_prompt_is_filled_up_with_empty_pieces(zoo: Zoo) -> None:
     rows = PromptEncoder().rows(request(zoo, task(prompt="a b", negative_prompt="word " * 60))).text
-    empty = encode_prompt(zoo.base, "", None)
+    empty = encoded(zoo.base, "", None)
     assert rows.shape == (2, 77 * 4, 16)
     torch.testing.assert_close(rows[1:, 77:154], empty)
-    torch.testing.assert_close(rows[1:, :77], encode_prompt(zoo.base, "a b", None))
+    torch.testing.assert_close(rows[1:, :77], encoded(zoo.base, "a b", None))
 
 
 def test_without_guidance_there_is_one_row(zoo: Zoo) -> None:
@@ -47,13 +53,13 @@ def test_the_cache_is_bounded_in_bytes(zoo: Zoo) -> None:
     """A hundred pieces are more than the room: such a prompt is encoded, and drives out no more than it has to."""
     piece_bytes = 77 * 16 * 4
     prompts = PromptEncoder(cache_bytes=10 * piece_bytes)
-    encoded = []
-    hook = zoo.base.text_encoder.register_forward_pre_hook(lambda *_: encoded.append(1))
+    calls = []
+    hook = zoo.base.text_encoder.register_forward_pre_hook(lambda *_: calls.append(1))
 
     def forwards(prompt: str) -> int:
-        before = len(encoded)
+        before = len(calls)
         prompts.rows(request(zoo, task(prompt=prompt, guidance_scale=1.0)))
-        return len(encoded) - before
+        return len(calls) - before
 
     for n in range(11):
         assert forwards(str(n)) == 1
@@ -74,10 +80,8 @@ def test_a_long_prompt_is_encoded_a_few_pieces_at_a_time(zoo: Zoo, clip_skip: in
     letters = ("abcdefgh" * 190)[: 75 * 20]
     sizes = []
     hook = zoo.base.text_encoder.embeddings.register_forward_hook(lambda *call: sizes.append(call[2].shape[0]))
-    whole = encode_prompt(zoo.base, " ".join(letters), clip_skip)
+    whole = encoded(zoo.base, " ".join(letters), clip_skip)
     hook.remove()
     assert sizes == [8, 8, 4]
-    pieces = [
-        encode_prompt(zoo.base, " ".join(letters[begin : begin + 75]), clip_skip) for begin in range(0, 75 * 20, 75)
-    ]
+    pieces = [encoded(zoo.base, " ".join(letters[begin : begin + 75]), clip_skip) for begin in range(0, 75 * 20, 75)]
     torch.testing.assert_close(whole, torch.cat(pieces, dim=1))

@@ -177,6 +177,7 @@ def tiny_sdxl(name: str = "xl", *, channels: int = 4, seed: int = 50) -> BaseCom
         size_bytes=1,
         text_encoder_2=CLIPTextModelWithProjection(second).eval(),
         tokenizer_2=tokenizer_2,
+        zero_empty_negative=True,
     )
 
 
