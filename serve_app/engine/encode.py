@@ -4,18 +4,23 @@ Runs on the engine's thread, between two steps. A helper thread would not help: 
 the running step, on a GPU its kernels would queue behind the step's anyway.
 """
 
-import numpy as np
+from collections.abc import Sequence
+
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from torch import Tensor
 
+from serve_app.engine.controlnet import embed_map, union_embedding, union_hint
 from serve_app.engine.prompts import PromptEncoder
-from serve_app.engine.request import Control, GenerationRequest, Picture, RunningRequest
+from serve_app.engine.request import Control, GenerationRequest, Hint, Picture, RunningRequest, union_index
 from serve_app.engine.samplers import Source, sampler
 from serve_app.models.components import BaseComponents, NetComponents
 from serve_app.tasks import ControlInput, ControlMap, ImageArray, Mode
+
+_Asked = tuple[ControlInput, NetComponents, ControlMap]
+"""A control of a task, its net and its map."""
 
 
 def encode_source(request: GenerationRequest) -> Source:
@@ -53,18 +58,6 @@ def _encode(base: BaseComponents, pixels: Tensor) -> DiagonalGaussianDistributio
     return base.vae.encode(pixels.to(base.device, base.dtype)).latent_dist
 
 
-def encode_map(drawn: ControlMap, net: NetComponents) -> Tensor:
-    """A control map (H, W, 3), through the net's own embedding: (1, c, h, w), what every step of the net adds.
-
-    uint8 maps become 0..1; float32 maps are taken as they are, for they may hold -1 (the inpaint net's 'masked').
-    """
-    values = drawn.astype(np.float32) / 255.0 if drawn.dtype == np.uint8 else drawn
-    pixels = torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))[None]
-    if net.net.config.controlnet_conditioning_channel_order == "bgr":
-        pixels = pixels.flip(1)
-    return net.net.controlnet_cond_embedding(pixels.to(net.net.device, net.net.dtype))
-
-
 def prepare(request: GenerationRequest, prompts: PromptEncoder, turn: int) -> RunningRequest:
     """Everything a request needs before its first step; its pictures have drawn their noise and ask for predictions.
 
@@ -82,18 +75,42 @@ def prepare(request: GenerationRequest, prompts: PromptEncoder, turn: int) -> Ru
 
 
 def _controls(request: GenerationRequest) -> tuple[Control, ...]:
+    """One for each control; those that name the same union net are one."""
     asked = zip(request.task.controls, request.nets, request.maps, strict=True)
-    return tuple(_control(request, *one) for one in asked)
-
-
-def _control(request: GenerationRequest, control: ControlInput, net: NetComponents, drawn: ControlMap) -> Control:
+    together: dict[tuple[object, ...], list[_Asked]] = {}
+    for place, one in enumerate(asked):
+        net = one[1]
+        together.setdefault((net.id, net.hash) if net.union else (place,), []).append(one)
     guess = request.task.guess_mode
+    return tuple(_control(some, guess) for some in together.values())
+
+
+def _control(asked: Sequence[_Asked], guess: bool) -> Control:
+    net = asked[0][1]
+    hints = _union_hints(asked) if net.union else [_hint(control, embed_map(drawn, net)) for control, _, drawn in asked]
     return Control(
         net=net,
-        hint=encode_map(drawn, net),
-        scale=control.scale,
-        start=control.start,
-        end=control.end,
+        hints=tuple(hints),
+        # diffusers: the only control scales the residuals, several scale what enters.
+        scale=hints[0].scale if len(hints) == 1 else 1.0,
         conditional_only=guess or net.global_pool,
         fading=guess and not net.global_pool,
+        embedding=union_embedding(net.net, set(_indices(asked))) if net.union else None,
     )
+
+
+def _union_hints(asked: Sequence[_Asked]) -> list[Hint]:
+    alone = len(asked) == 1
+    return [
+        _hint(control, union_hint(net.net, embed_map(drawn, net), index, 1.0 if alone else control.scale))
+        for (control, net, drawn), index in zip(asked, _indices(asked), strict=True)
+    ]
+
+
+def _indices(asked: Sequence[_Asked]) -> list[int]:
+    known = (union_index(net, control.control_type) for control, net, _ in asked)
+    return [index for index in known if index is not None]
+
+
+def _hint(control: ControlInput, embedded: Tensor) -> Hint:
+    return Hint(embedded, control.scale, control.start, control.end)

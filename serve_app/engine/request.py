@@ -6,15 +6,18 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
+from serve_app.controls import CONTROL_TYPES
+from serve_app.engine.architecture import check_base, check_net
 from serve_app.engine.batching import Group
+from serve_app.engine.conditions import Conditions, conditions
 from serve_app.engine.samplers import ModelCall, Sampler
-from serve_app.errors import FamilyMismatch, JobError, ModelLoadFailed, ServeError
+from serve_app.errors import FamilyMismatch, JobError, ServeError
 from serve_app.models.components import BaseComponents, NetComponents
 from serve_app.tasks import AttemptRef, ControlMap, GenerationTask, ImageArray, Mode
 
-_PLAIN_CHANNELS, _INPAINT_CHANNELS = 4, 9
+_INPAINT_CHANNELS = 9
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -23,8 +26,8 @@ class GenerationRequest:
 
     Raises:
         FamilyMismatch: a ControlNet belongs to another base family.
-        ModelLoadFailed: the base model is of a kind this engine cannot run.
-        JobError: a picture is missing or has the wrong size.
+        ModelLoadFailed: the base model or a ControlNet is of a kind this engine cannot run.
+        JobError: a picture is missing or has the wrong size, or a union net does not know a control's type.
     """
 
     ref: AttemptRef
@@ -39,9 +42,13 @@ class GenerationRequest:
 
     def __post_init__(self) -> None:
         check_families(self.base, self.nets)
-        _check_unet(self.base, self.task.mode)
+        check_base(self.base)
+        for net in self.nets:
+            check_net(net)
+        _check_mode(self.base, self.task.mode)
         _check_pictures(self.task, self.base.vae_scale, self.init_image, self.mask)
         _check_maps(self.task, self.nets, self.maps)
+        _check_union_types(self.task, self.nets)
 
     @property
     def guided(self) -> bool:
@@ -75,38 +82,51 @@ class Conditioning:
     sizes: Tensor | None = None
     """(rows, 6): SDXL's original size, crop corner and target size, in pixels."""
 
-    @property
-    def rows(self) -> int:
-        return len(self.text)
 
-    def last(self, rows: int) -> "Conditioning":
-        """The last ``rows`` rows; the conditional one is the last of all."""
-        return Conditioning(
-            self.text[-rows:],
-            None if self.pooled is None else self.pooled[-rows:],
-            None if self.sizes is None else self.sizes[-rows:],
-        )
+@dataclass(frozen=True, slots=True, eq=False)
+class Hint:
+    """One control map of a running request, as its net takes it."""
+
+    embedded: Tensor
+    """(1, c, h, w): what it adds to the net's first feature map, which no step changes."""
+    scale: float
+    start: float
+    end: float
+
+    def active(self, call: ModelCall) -> bool:
+        """Whether it has a say at this timestep (diffusers' ``controlnet_keep``)."""
+        outside = call.index / call.of < self.start or (call.index + 1) / call.of > self.end
+        return self.scale != 0 and not outside
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Control:
-    """One ControlNet of a running request."""
+    """One forward of a ControlNet for a running request."""
 
     net: NetComponents
-    hint: Tensor
-    """(1, c, h, w): the control map after the net's own embedding, which no step changes."""
+    hints: tuple[Hint, ...]
+    """One; for a union net all controls of the request that name it."""
     scale: float
-    start: float
-    end: float
+    """Of the residuals. Several hints of a union net have theirs inside and 1 here."""
     conditional_only: bool
     """Leave the unconditional row alone: guess mode, and nets that average over the picture."""
     fading: bool
     """Weaken the shallow residuals: guess mode, but not for nets that average over the picture."""
+    embedding: Tensor | None = None
+    """(1, e): what a union net adds to the time embedding for the types of its controls."""
 
     def active(self, call: ModelCall) -> bool:
-        """Whether the net has a say at this timestep (diffusers' ``controlnet_keep``)."""
-        outside = call.index / call.of < self.start or (call.index + 1) / call.of > self.end
-        return self.scale != 0 and not outside
+        """Whether the net has a say at this timestep.
+
+        diffusers runs a union net even if the scales of all its controls are zero, and adds what the net makes of the
+        types alone; here no control is no guidance.
+        """
+        return any(hint.active(call) for hint in self.hints)
+
+    def hint(self, call: ModelCall) -> Tensor:
+        """(1, c, h, w): what the maps that are active at this timestep add to the net's first feature map."""
+        first, *others = (hint.embedded for hint in self.hints if hint.active(call))
+        return sum(others, start=first)
 
 
 @dataclass(slots=True, eq=False)
@@ -149,11 +169,19 @@ class RunningRequest:
     """UNet forwards that at least one of its pictures took part in."""
     forward_rows: int = 0
     """Rows of those forwards, neighbours included."""
+    _conditions: dict[nn.Module, Conditions] = field(default_factory=dict, repr=False)
 
     @property
     def group(self) -> Group:
         base, (height, width) = self.request.base, self.request.latent_size
         return Group(f"{base.id}@{base.hash}", height, width, int(self.conditioning.text.shape[1]))
+
+    def conditions(self, model: nn.Module) -> Conditions:
+        """What the text says to the UNet or to a ControlNet: computed at its first forward, kept for the others."""
+        if model not in self._conditions:
+            said = self.conditioning
+            self._conditions[model] = conditions(model, said.text, said.pooled, said.sizes)
+        return self._conditions[model]
 
     @property
     def done(self) -> bool:
@@ -171,11 +199,6 @@ class Seat(NamedTuple):
     def rows(self) -> int:
         """Rows of this forward that the picture takes: 2 with guidance, else 1."""
         return 1 if self.call.conditional_only else self.running.request.rows
-
-    @property
-    def conditioning(self) -> Conditioning:
-        """Of these rows."""
-        return self.running.conditioning.last(self.rows)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -195,13 +218,8 @@ def check_families(base: BaseComponents, nets: Sequence[NetComponents]) -> None:
             )
 
 
-def _check_unet(base: BaseComponents, mode: Mode) -> None:
-    channels = base.unet.config.in_channels
-    if channels not in {_PLAIN_CHANNELS, _INPAINT_CHANNELS}:
-        raise ModelLoadFailed(f"The UNet of {base.id!r} takes {channels} channels; 4 and 9 can be served.")
-    if base.unet.config.time_cond_proj_dim is not None:
-        raise ModelLoadFailed(f"The UNet of {base.id!r} wants an embedded guidance scale, which is not served.")
-    if channels == _INPAINT_CHANNELS and mode is not Mode.MASKED:
+def _check_mode(base: BaseComponents, mode: Mode) -> None:
+    if base.unet.config.in_channels == _INPAINT_CHANNELS and mode is not Mode.MASKED:
         raise JobError(f"The model {base.id!r} is made for inpainting: it needs an init image and a mask.")
 
 
@@ -224,3 +242,20 @@ def _check_maps(task: GenerationTask, nets: Sequence[NetComponents], maps: Seque
             )
         if drawn.dtype not in {np.dtype(np.uint8), np.dtype(np.float32)}:
             raise JobError(f"The control map for {control.control_type} is {drawn.dtype}, not uint8 or float32.")
+
+
+def union_index(net: NetComponents, control_type: str) -> int | None:
+    """Under which number the union ``net`` knows ``control_type``; None if it does not."""
+    row = CONTROL_TYPES.get(control_type)
+    known = row is not None and row.union is not None and row.union < net.net.config.num_control_type
+    return row.union if row is not None and known else None
+
+
+def _check_union_types(task: GenerationTask, nets: Sequence[NetComponents]) -> None:
+    for control, net in zip(task.controls, nets, strict=True):
+        if net.union and union_index(net, control.control_type) is None:
+            known = [name for name in CONTROL_TYPES if union_index(net, name) is not None]
+            raise JobError(
+                f"The ControlNet-Union {net.id!r} cannot be guided by {control.control_type!r}; "
+                f"it can by {', '.join(known)}."
+            )

@@ -74,7 +74,7 @@ def test_the_heart_beats_inside_a_step(zoo: Zoo, driver: EngineDriver) -> None:
     beats: list[float] = []
     hooks = [
         module.register_forward_pre_hook(lambda *_: beats.append(driver.heartbeat))
-        for module in (zoo.nets["canny"].net.conv_in, zoo.nets["depth"].net.conv_in, zoo.base.unet)
+        for module in (zoo.nets["canny"].net.conv_in, zoo.nets["depth"].net.conv_in, zoo.base.unet.conv_in)
     ]
     driver.submit(request(zoo, task(steps=1, controls=controls("canny", "depth")))).result(SOON_S)
     for hook in hooks:
@@ -101,7 +101,7 @@ def test_a_dead_device_ends_the_thread_and_every_future(zoo: Zoo, caplog: pytest
     def fail(*_: object) -> None:
         raise torch.AcceleratorError("illegal memory access")
 
-    hook = zoo.base.unet.register_forward_pre_hook(fail)
+    hook = zoo.base.unet.conv_in.register_forward_pre_hook(fail)
     futures = [driver.submit(request(zoo, task())) for _ in range(3)]
     wait(futures, SOON_S)
     hook.remove()

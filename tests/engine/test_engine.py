@@ -257,14 +257,14 @@ def test_a_broken_forward_ends_the_requests_in_it_and_no_others(
 ) -> None:
     other = Zoo(tiny_base("other", seed=9), zoo.inpaint, zoo.nets)
     hit, apart = [request(zoo, task()) for _ in range(2)], request(other, task())
-    with breaking(zoo.base.unet, error, at_call=2):
+    with breaking(zoo.base.unet.conv_in, error, at_call=2):
         outcomes = run(tiny_engine(), [(0, hit[0]), (0, hit[1]), (0, apart)])
     assert [type(outcomes[one]) for one in hit] == [expected, expected]
     assert len(latents(finished(outcomes[apart]))) == 1
 
 
 def test_who_breaks_a_forward_alone_is_to_blame(zoo: Zoo) -> None:
-    with breaking(zoo.base.unet, RuntimeError("boom"), at_call=1):
+    with breaking(zoo.base.unet.conv_in, RuntimeError("boom"), at_call=1):
         one = request(zoo, task())
         outcome = run(tiny_engine(), [(0, one)])[one]
     assert isinstance(outcome, JobError)
@@ -274,7 +274,7 @@ def test_who_breaks_a_forward_alone_is_to_blame(zoo: Zoo) -> None:
 def test_the_engine_goes_on_after_running_out_of_memory(zoo: Zoo) -> None:
     engine = tiny_engine()
     first, second = request(zoo, task()), request(zoo, task())
-    with breaking(zoo.base.unet, torch.OutOfMemoryError("no memory"), at_call=3):
+    with breaking(zoo.base.unet.conv_in, torch.OutOfMemoryError("no memory"), at_call=3):
         assert isinstance(run(engine, [(0, first)])[first], OutOfMemory)
     assert pixels(finished(run(engine, [(0, second)])[second])) == pixels(drawn_alone(second))
 
@@ -285,7 +285,7 @@ def test_failed_requests_hold_no_tensors(zoo: Zoo) -> None:
     engine.add(one)
     engine.step()
     state = weakref.ref(engine._running[0].conditioning.text)
-    with breaking(zoo.base.unet, torch.OutOfMemoryError("no memory"), at_call=1):
+    with breaking(zoo.base.unet.conv_in, torch.OutOfMemoryError("no memory"), at_call=1):
         ended = engine.step()
     engine.step()
     engine._prompts = type(engine._prompts)()

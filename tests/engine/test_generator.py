@@ -285,7 +285,7 @@ async def test_what_nobody_holds_is_given_up_when_memory_runs_out(workshop: Work
     def fail(*_: object) -> None:
         raise torch.OutOfMemoryError("no room")
 
-    hook = zoo.base.unet.register_forward_pre_hook(fail)
+    hook = zoo.base.unet.conv_in.register_forward_pre_hook(fail)
     with pytest.raises(OutOfMemory):
         await workshop.generator.generate(ref(1), task(), OUTPUT, None, None, ())
     hook.remove()
