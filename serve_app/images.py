@@ -24,6 +24,9 @@ Pixels = NDArray[np.uint8]
 
 Format = Literal["PNG", "JPEG", "WEBP"]
 
+MIN_SIDE = 64
+"""Pixels; the smallest width and height of an output."""
+
 _WHITE = (255, 255, 255)
 _BLACK = (0, 0, 0)
 _URL_SAFE = str.maketrans("-_", "+/")
@@ -89,6 +92,32 @@ def resize_map(array: Pixels, width: int, height: int, *, lines: bool) -> Pixels
     edges) as ``resize_image``.
     """
     return _resized(array, width, height, Image.Resampling.BOX if lines else Image.Resampling.LANCZOS)
+
+
+def fitting_size(
+    shape: tuple[int, ...], width: int | None, height: int | None, max_width: int, max_height: int
+) -> tuple[int, int]:
+    """Width and height in which a picture of ``shape`` (h, w, ...) is worked on: multiples of 8, ``MIN_SIDE`` or more.
+
+    A side that is given stays. One that is not follows the picture's aspect; with none given the picture keeps its
+    size, or shrinks until both sides are within their limits. Very narrow pictures keep their aspect only as far as the
+    limits allow.
+    """
+    own_height, own_width = shape[:2]
+    if width is not None:
+        scale = width / own_width
+    elif height is not None:
+        scale = height / own_height
+    else:
+        scale = min(1.0, max_width / own_width, max_height / own_height)
+    return (
+        width if width is not None else _side(own_width * scale, max_width),
+        height if height is not None else _side(own_height * scale, max_height),
+    )
+
+
+def _side(pixels: float, maximum: int) -> int:
+    return min(max(MIN_SIDE, round(pixels / 8) * 8), maximum // 8 * 8)
 
 
 def classify(text: str) -> Literal["url", "inline"]:

@@ -25,7 +25,18 @@ METRICS: Mapping[str, MetricSpec] = {
     "controlnet_forwards": MetricSpec("counter", "ControlNet forward calls", ("net",)),
     "requests_running": MetricSpec("gauge", "Requests that hold engine state"),
     "requests_waiting": MetricSpec("gauge", "Requests that wait for engine state"),
-    "annotations": MetricSpec("counter", "Control maps made", ("control_type",)),
+    "annotations": MetricSpec("counter", "Control maps handed out, made or cached", ("control_type",)),
+    "annotator_runs": MetricSpec("counter", "Control maps really made", ("annotator",)),
+    "annotator_seconds": MetricSpec(
+        "histogram",
+        "Seconds to make a control map, loading included",
+        ("annotator",),
+        (0.01, 0.05, 0.2, 0.5, 1, 2, 5, 10, 20, 60),
+    ),
+    "map_cache": MetricSpec(
+        "counter", "Control maps asked for: made, joined (another request made it), memory, shared, off", ("outcome",)
+    ),
+    "map_cache_bytes": MetricSpec("gauge", "Control maps in the object store, of all replicas together"),
     "jobs_ended": MetricSpec("counter", "Jobs that ended", ("status",)),
     "job_seconds": MetricSpec(
         "histogram",

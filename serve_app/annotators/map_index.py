@@ -13,6 +13,8 @@ import sqlalchemy as sa
 from serve_app.database import Database, control_maps
 
 _MAPS_LOCK: Final = 4
+_ROOM: Final = 16
+"""When there is no room, this part of the budget is made free."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +35,8 @@ class MapIndex:
 
     def find(self, key: str) -> ReadyMap | None:
         """The map, if it is ready; that counts as a use."""
-        if not self._is_ready(key):
-            return None  # a waiting replica asks often: no write for that
+        if not self._exists(control_maps.c.key == key, control_maps.c.info.is_not(None)):
+            return None  # without a write: whoever waits for a map asks often
         used = (
             sa.update(control_maps)
             .where(control_maps.c.key == key)
@@ -47,9 +49,10 @@ class MapIndex:
 
     def claim(self, key: str, holder: str, lease_s: float) -> bool:
         """Become the one who makes the map, for ``lease_s``. False: it is ready, or another makes it."""
-        if self._is_ready(key) or self._is_held(key):
-            return False
         now = self._database.now_sql()
+        blocked = sa.or_(control_maps.c.holder.is_(None), control_maps.c.lease_until >= now)
+        if self._exists(control_maps.c.key == key, blocked):
+            return False
         row = {"key": key, "size_bytes": 0, "used_at": now, "holder": holder, "lease_until": now + lease_s}
         lapsed = sa.and_(control_maps.c.key == key, control_maps.c.lease_until < now)
         # Its bytes stay reserved: the object of whoever crashed may be there, and will be overwritten.
@@ -90,6 +93,7 @@ class MapIndex:
                 if connection.execute(reserved).rowcount != 1:
                     raise KeyError(key)
                 return None
+            excess += budget_bytes // _ROOM  # so that not every map has to make room for itself
             # Whoever crashed before a reservation left no object.
             connection.execute(sa.delete(control_maps).where(others, lapsed, control_maps.c.size_bytes == 0))
             oldest = sa.select(control_maps.c.key, control_maps.c.size_bytes).where(others, free)
@@ -99,7 +103,7 @@ class MapIndex:
                 excess -= row.size_bytes
                 if excess <= 0:
                     break
-            if excess > 0:
+            if excess > budget_bytes // _ROOM:
                 raise KeyError(key)
             held = {"info": None, "digest": None, "holder": holder, "lease_until": now + lease_s}
             # The condition again: one of them may have been taken meanwhile.
@@ -136,12 +140,6 @@ class MapIndex:
         """Bytes in the store, at most."""
         with self._database.read() as connection:
             return int(connection.scalar(sa.select(sa.func.sum(control_maps.c.size_bytes))) or 0)
-
-    def _is_ready(self, key: str) -> bool:
-        return self._exists(control_maps.c.key == key, control_maps.c.info.is_not(None))
-
-    def _is_held(self, key: str) -> bool:
-        return self._exists(control_maps.c.key == key, control_maps.c.lease_until >= self._database.now_sql())
 
     def _exists(self, *conditions: sa.ColumnElement[bool]) -> bool:
         with self._database.read() as connection:

@@ -1,0 +1,398 @@
+"""The cache of control maps: one making for all, a bound that holds, and nobody who waits for the dead."""
+
+import asyncio
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sqlalchemy as sa
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serve_app.annotators.cache import FOLDER, Caching, MadeMap, MapCache, map_key
+from serve_app.annotators.map_index import MapIndex, ReadyMap
+from serve_app.database import Database, control_maps
+from serve_app.errors import JobError
+from serve_app.images import encode_png
+from serve_app.metrics import PrometheusMeter
+from serve_app.storage import ObjectInfo, ObjectStore
+from serve_app.storage.local import LocalStore
+from serve_app.tasks import AnnotationInfo, AnnotationTask
+from support.postgres import new_database
+
+KEY = "a" * 64
+INFO = AnnotationInfo(control_type="depth", annotator="zoe", params={"size": 384})
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
+    if request.param == "sqlite":
+        url = f"sqlite:///{tmp_path}/maps.sqlite3"
+    else:
+        url = new_database(request.getfixturevalue("postgres_url"))
+    database = Database(url)
+    database.migrate()
+    yield database
+    database.close()
+
+
+@pytest.fixture
+def sqlite(tmp_path: Path) -> Iterator[Database]:
+    database = Database(f"sqlite:///{tmp_path}/maps.sqlite3")
+    database.migrate()
+    yield database
+    database.close()
+
+
+@pytest.fixture
+def objects(tmp_path: Path) -> LocalStore:
+    return LocalStore(tmp_path / "objects")
+
+
+@dataclass
+class Detector:
+    """Makes a map whose pixels are ``value``; counts its runs."""
+
+    value: int = 7
+    side: int = 16
+    hold: asyncio.Event = field(default_factory=asyncio.Event)
+    started: asyncio.Event = field(default_factory=asyncio.Event)
+    failure: Exception | None = None
+    runs: int = 0
+
+    def __post_init__(self) -> None:
+        self.hold.set()
+
+    async def __call__(self) -> MadeMap:
+        self.runs += 1
+        self.started.set()
+        await self.hold.wait()
+        if self.failure is not None:
+            raise self.failure
+        return MadeMap(np.full((self.side, self.side, 3), self.value, np.uint8), INFO)
+
+
+@dataclass
+class Replica:
+    cache: MapCache
+    meter: PrometheusMeter
+
+    def outcomes(self) -> dict[str, float]:
+        (family,) = [one for one in self.meter.registry.collect() if one.name == "controlnet_map_cache"]
+        return {item.labels["outcome"]: item.value for item in family.samples if item.name.endswith("_total")}
+
+
+def replica(
+    database: Database, objects: ObjectStore, memory: int = 2**20, shared: int = 2**20, lease_s: float = 5.0
+) -> Replica:
+    meter = PrometheusMeter()
+    index = MapIndex(database)
+    return Replica(MapCache(index, objects, meter, memory_bytes=memory, shared_bytes=shared, lease_s=lease_s), meter)
+
+
+def rows(database: Database) -> list[Any]:
+    with database.read() as connection:
+        return list(connection.execute(sa.select(control_maps)))
+
+
+async def test_another_replica_finds_the_map(database: Database, objects: LocalStore) -> None:
+    detector = Detector()
+    first, second = replica(database, objects), replica(database, objects)
+    made = [await one.cache.get(KEY, Caching.SHARED, detector) for one in (first, first, second, second)]
+    assert detector.runs == 1
+    assert all(np.array_equal(one.pixels, np.full((16, 16, 3), 7)) and one.info == INFO for one in made)
+    assert first.outcomes() == {"made": 1, "memory": 1}
+    assert second.outcomes() == {"shared": 1, "memory": 1}
+    with pytest.raises(ValueError, match="read-only"):
+        made[0].pixels[0, 0, 0] = 1
+
+
+async def test_three_at_once_run_one_detector(database: Database, objects: LocalStore) -> None:
+    detector = Detector()
+    detector.hold.clear()
+    replicas = [replica(database, objects) for _ in range(2)]
+    asked = [asyncio.create_task(one.cache.get(KEY, Caching.SHARED, detector)) for one in (*replicas, replicas[0])]
+    await detector.started.wait()
+    await asyncio.sleep(0.3)
+    detector.hold.set()
+    maps = await asyncio.gather(*asked)
+    assert detector.runs == 1
+    assert all(np.array_equal(one.pixels, maps[0].pixels) for one in maps)
+
+
+@pytest.mark.parametrize("caching", [Caching.MEMORY, Caching.SHARED])
+async def test_an_error_reaches_all_who_wait_and_is_not_kept(
+    sqlite: Database, objects: LocalStore, caching: Caching
+) -> None:
+    detector = Detector(failure=JobError("no"))
+    one = replica(sqlite, objects)
+    answers = await asyncio.gather(*(one.cache.get(KEY, caching, detector) for _ in range(3)), return_exceptions=True)
+    assert [type(answer) for answer in answers] == [JobError] * 3
+    assert detector.runs == 1
+    assert rows(sqlite) == []
+    detector.failure = None
+    assert (await one.cache.get(KEY, caching, detector)).info == INFO
+
+
+async def test_the_first_may_hang_up(sqlite: Database, objects: LocalStore) -> None:
+    detector = Detector()
+    detector.hold.clear()
+    one = replica(sqlite, objects)
+    first, second = (asyncio.create_task(one.cache.get(KEY, Caching.SHARED, detector)) for _ in range(2))
+    await detector.started.wait()
+    first.cancel()
+    detector.hold.set()
+    assert (await second).info == INFO
+    assert detector.runs == 1
+    assert one.outcomes() == {"made": 1, "joined": 1}
+
+
+async def test_cheap_maps_stay_in_memory_and_cheaper_ones_nowhere(sqlite: Database, objects: LocalStore) -> None:
+    detector = Detector()
+    one = replica(sqlite, objects)
+    for caching, runs in ((Caching.MEMORY, 1), (Caching.MEMORY, 1), (Caching.NONE, 2), (Caching.NONE, 3)):
+        await one.cache.get(KEY, caching, detector)
+        assert detector.runs == runs
+    assert rows(sqlite) == []
+
+
+async def test_memory_is_bounded(sqlite: Database, objects: LocalStore) -> None:
+    size = 16 * 16 * 3
+    one = replica(sqlite, objects, memory=2 * size)
+    detector = Detector()
+    for key in ("a", "b", "a", "c"):
+        await one.cache.get(key, Caching.MEMORY, detector)
+    assert detector.runs == 3
+    await one.cache.get("a", Caching.MEMORY, detector)  # used after b, so b made room for c
+    assert detector.runs == 3
+    await one.cache.get("b", Caching.MEMORY, detector)
+    assert detector.runs == 4
+    too_large = Detector(side=64)
+    for _ in range(2):
+        await one.cache.get("d", Caching.MEMORY, too_large)
+    assert too_large.runs == 2
+
+
+@dataclass
+class CountingStore:
+    """An ObjectStore in memory that knows how much it ever held."""
+
+    held: dict[str, bytes] = field(default_factory=dict)
+    most: int = 0
+
+    def put(self, key: str, data: bytes, content_type: str) -> None:
+        assert content_type == "image/png"
+        self.held[key] = data
+        self.most = max(self.most, sum(map(len, self.held.values())))
+
+    def get(self, key: str) -> bytes:
+        return self.held[key]
+
+    def get_range(self, key: str, start: int, end: int) -> bytes:
+        return self.held[key][start : end + 1]
+
+    def info(self, key: str) -> ObjectInfo | None:
+        return ObjectInfo(len(self.held[key]), "image/png", 0) if key in self.held else None
+
+    def delete(self, key: str) -> None:
+        self.held.pop(key, None)
+
+    def delete_prefix(self, prefix: str) -> None:
+        raise NotImplementedError(prefix)
+
+
+@pytest.mark.parametrize("images", [250, pytest.param(1000, marks=pytest.mark.full)])
+async def test_however_many_images_stay_under_the_bound(postgres_url: str, images: int) -> None:
+    database = Database(new_database(postgres_url))
+    database.migrate()
+    size = len(encode_png(np.full((16, 16, 3), 7, np.uint8)))
+    budget = 50 * size + size // 2
+    store = CountingStore()
+    replicas = [replica(database, store, memory=0, shared=budget) for _ in range(2)]
+    favourite = Detector()
+    for number in range(images // 2):
+        makers = [Detector(value=number % 256) for _ in replicas]
+        await asyncio.gather(
+            *(
+                one.cache.get(f"{number:05d}{n}".rjust(64, "0"), Caching.SHARED, maker)
+                for n, (one, maker) in enumerate(zip(replicas, makers, strict=True))
+            )
+        )
+        if number % 5 == 0:
+            await replicas[0].cache.get(KEY, Caching.SHARED, favourite)
+    assert budget - 4 * size < store.most <= budget
+    assert sum(map(len, store.held.values())) == MapIndex(database).total_bytes() <= budget
+    assert favourite.runs == 1  # what is used stays
+    database.close()
+
+
+async def test_what_exceeds_the_bound_alone_is_not_kept(sqlite: Database, objects: LocalStore) -> None:
+    detector = Detector()
+    one = replica(sqlite, objects, memory=0, shared=10)
+    for _ in range(2):
+        assert (await one.cache.get(KEY, Caching.SHARED, detector)).info == INFO
+    assert detector.runs == 2
+    assert rows(sqlite) == []
+
+
+@pytest.mark.parametrize("harm", ["missing", "damaged"])
+async def test_a_bad_object_is_made_again(sqlite: Database, objects: LocalStore, harm: str) -> None:
+    detector = Detector()
+    await replica(sqlite, objects).cache.get(KEY, Caching.SHARED, detector)
+    key = f"{FOLDER}/aa/{KEY}.png"
+    if harm == "missing":
+        objects.delete(key)
+    else:
+        objects.put(key, encode_png(np.zeros((16, 16, 3), np.uint8)), "image/png")
+    for _ in range(2):
+        made = await replica(sqlite, objects).cache.get(KEY, Caching.SHARED, detector)
+        assert made.pixels.max() == 7
+    assert detector.runs == 2
+
+
+async def test_without_a_database_maps_are_made(sqlite: Database, objects: LocalStore) -> None:
+    with sqlite.transaction() as connection:
+        control_maps.drop(connection)
+    detector = Detector()
+    assert (await replica(sqlite, objects).cache.get(KEY, Caching.SHARED, detector)).pixels.max() == 7
+    assert detector.runs == 1
+
+
+async def test_without_a_store_maps_are_made(sqlite: Database, tmp_path: Path) -> None:
+    objects = LocalStore(tmp_path / "objects")
+    (tmp_path / "objects" / FOLDER).write_text("in the way")
+    detector = Detector()
+    for one in (replica(sqlite, objects), replica(sqlite, objects)):
+        assert (await one.cache.get(KEY, Caching.SHARED, detector)).pixels.max() == 7
+    assert detector.runs == 2  # neither waited for the other's lease
+    assert rows(sqlite) == []
+
+
+class Crash(BaseException):
+    """The process ends here, as far as the cache can tell."""
+
+
+@pytest.mark.parametrize("moment", ["put", "delete"])
+def test_what_a_crash_leaves_counts_and_goes(sqlite: Database, moment: str) -> None:
+    """Before the row of a new object is ready, or after a row was taken back and before its object is gone."""
+    index, store = MapIndex(sqlite), CountingStore()
+
+    def add(key: str, budget: int, crash: str = "") -> None:
+        assert index.claim(key, key, 0.01)
+        while (gone := index.reserve(key, key, 100, budget, 0.01)) is not None:
+            if crash == "delete":
+                raise Crash
+            for old in gone:
+                store.delete(old)
+            index.drop(key, *gone)
+        store.put(key, bytes(100), "image/png")
+        if crash == "put":
+            raise Crash
+        assert index.publish(key, key, ReadyMap("{}", "0"))
+
+    add("one", 250)
+    add("two", 250)
+    with pytest.raises(Crash):
+        add("three", 250, crash=moment)
+    time.sleep(0.05)
+    assert sum(map(len, store.held.values())) <= index.total_bytes()
+    for key in ("four", "five", "six"):
+        add(key, 250)
+        assert sum(map(len, store.held.values())) <= 250
+    assert set(store.held) == {"five", "six"}
+    assert {row.key for row in rows(sqlite)} == set(store.held)
+
+
+def test_a_holder_that_stood_still_changes_nothing(database: Database) -> None:
+    index = MapIndex(database)
+    assert index.claim(KEY, "slow", 0.01)
+    assert not index.claim("b", "slow", 5) or not index.claim("b", "other", 5)
+    time.sleep(0.05)
+    assert index.claim(KEY, "quick", 5)
+    assert not index.renew(KEY, "slow", 5)
+    assert not index.publish(KEY, "slow", ReadyMap("{}", "0"))
+    with pytest.raises(KeyError):
+        index.reserve(KEY, "slow", 1, 100, 5)
+    index.drop("slow", KEY)
+    assert index.publish(KEY, "quick", ReadyMap("{}", "1"))
+    assert index.find(KEY) == ReadyMap("{}", "1")
+
+
+def make_for_ever(url: str, folder: Path, started: Any) -> None:
+    async def hang() -> MadeMap:
+        started.set()
+        await asyncio.sleep(600)
+        raise AssertionError
+
+    database = Database(url)
+    asyncio.run(replica(database, LocalStore(folder), lease_s=0.9).cache.get(KEY, Caching.SHARED, hang))
+
+
+@pytest.mark.parametrize("database", ["sqlite", pytest.param("postgresql", marks=pytest.mark.full)], indirect=True)
+async def test_a_killed_replica_blocks_nobody(database: Database, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    started = context.Event()
+    url = database.engine.url.render_as_string(hide_password=False)
+    child = context.Process(target=make_for_ever, args=(url, tmp_path / "objects", started))
+    child.start()
+    detector = Detector()
+    try:
+        assert await asyncio.to_thread(started.wait, 60)
+        one = replica(database, LocalStore(tmp_path / "objects"))
+        waiting = asyncio.create_task(one.cache.get(KEY, Caching.SHARED, detector))
+        # Longer than the lease: as long as it lives, it renews it.
+        await asyncio.sleep(1.5)
+        assert detector.runs == 0
+        assert child.pid is not None
+        os.kill(child.pid, signal.SIGKILL)
+        assert (await asyncio.wait_for(waiting, 30)).pixels.max() == 7
+        assert detector.runs == 1
+    finally:
+        child.kill()
+        child.join()
+
+
+SCALARS = st.integers(0, 99) | st.booleans() | st.text(max_size=3)
+
+
+@given(
+    params=st.dictionaries(st.sampled_from("abc"), SCALARS, max_size=3),
+    other=st.dictionaries(st.sampled_from("abc"), SCALARS, max_size=3),
+    pixel=st.integers(0, 255),
+)
+def test_a_key_is_the_same_for_the_same_and_different_for_anything_else(
+    params: dict[str, Any], other: dict[str, Any], pixel: int
+) -> None:
+    task = AnnotationTask(control_type="depth", width=64, height=72, seed=3)
+    image = np.zeros((4, 6, 3), np.uint8)
+    mask = np.zeros((4, 6), np.uint8)
+    key = map_key(task, "zoe", params, "v1", image, mask)
+    assert key == map_key(task, "zoe", dict(reversed(params.items())), "v1", np.asfortranarray(image), mask.copy())
+    touched = image.copy()
+    touched[3, 5, 2] = pixel
+    touched_mask = mask.copy()
+    touched_mask[0, 0] = pixel
+    different = [
+        map_key(task.model_copy(update={"width": 72, "height": 64}), "zoe", params, "v1", image, mask),
+        map_key(task.model_copy(update={"seed": 4}), "zoe", params, "v1", image, mask),
+        map_key(task.model_copy(update={"control_type": "normal"}), "zoe", params, "v1", image, mask),
+        map_key(task, "midas", params, "v1", image, mask),
+        map_key(task, "zoe", params, "v2", image, mask),
+        map_key(task, "zoe", params, "v1", image, None),
+        map_key(task, "zoe", params, "v1", image.reshape(6, 4, 3), mask),
+    ]
+    if pixel:
+        different += [
+            map_key(task, "zoe", params, "v1", touched, mask),
+            map_key(task, "zoe", params, "v1", image, touched_mask),
+        ]
+    if repr(sorted(params.items())) != repr(sorted(other.items())):
+        different.append(map_key(task, "zoe", other, "v1", image, mask))
+    assert len({key, *different}) == len(different) + 1
