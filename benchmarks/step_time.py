@@ -31,7 +31,7 @@ from torch import Tensor
 from serve_app.config import DenoiserConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.request import GenerationRequest, RunningRequest
-from serve_app.engine.samplers import build_scheduler
+from serve_app.engine.samplers.steps import build_scheduler
 from serve_app.metrics import PrometheusMeter
 from serve_app.models.components import BaseComponents, NetComponents
 from serve_app.schedulers import available_schedulers
@@ -142,7 +142,7 @@ def _pipeline(request: GenerationRequest) -> None:
         "text_encoder": base.text_encoder,
         "tokenizer": base.tokenizer,
         "unet": base.unet,
-        "scheduler": build_scheduler(base.scheduler_config, task),
+        "scheduler": build_scheduler(base.scheduler_config, task, task.seed),
         "safety_checker": None,
         "feature_extractor": None,
         "requires_safety_checker": False,

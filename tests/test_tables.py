@@ -8,22 +8,31 @@ from prometheus_client import generate_latest
 
 from deployments.observability import RayMeter
 from serve_app.annotators import ANNOTATORS
-from serve_app.controls import CONTROL_TYPES, annotatable_types, control_type_problem
+from serve_app.controls import CONTROL_TYPES, annotator_problem, control_type_problem
+from serve_app.engine.samplers import SAMPLERS
+from serve_app.engine.samplers.steps import build_scheduler
 from serve_app.metrics import METRICS, Meter, PrometheusMeter
-from serve_app.schedulers import ALGORITHM_TYPES, DEFAULT_SCHEDULER, SCHEDULERS, available_schedulers, scheduler_problem
+from serve_app.schedulers import (
+    ALGORITHM_TYPES,
+    DEFAULT_SCHEDULER,
+    SCHEDULERS,
+    available_schedulers,
+    needs_image_problem,
+    scheduler_problem,
+)
 from serve_app.storage import STORAGES, open_store
+from serve_app.tasks import GenerationTask
 
 
 @pytest.mark.parametrize("name", CONTROL_TYPES)
 def test_control_types(name: str) -> None:
     row = CONTROL_TYPES[name]
     assert row.nets, "no family has a ControlNet for it"
-    assert control_type_problem(name, auto_hint=False) is None
-    if row.annotator is None:
-        assert row.missing in str(control_type_problem(name, auto_hint=True))
-    else:
-        assert row.annotator in ANNOTATORS
-        assert name in annotatable_types()
+    assert control_type_problem(name) is None
+    assert row.annotators[0] == row.annotator
+    assert set(row.annotators) <= {*ANNOTATORS, "none"}
+    assert all(annotator_problem(name, choice) is None for choice in (None, *row.annotators))
+    assert all(choice in str(annotator_problem(name, "nonsense")) for choice in row.annotators)
 
 
 @pytest.mark.parametrize("name", ANNOTATORS)
@@ -32,28 +41,32 @@ def test_annotators_can_be_imported_and_say_what_their_parameters_mean(name: str
     module, _, function = row.target.partition(":")
     assert callable(getattr(importlib.import_module(module), function))
     for param in row.params:
-        assert param.minimum <= param.default <= param.maximum
+        assert param.read(param.default) == param.default
         assert param.help
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_schedulers(name: str) -> None:
     row = SCHEDULERS[name]
-    if not row.available:
-        assert "not available" in str(scheduler_problem(name))
-        return
     assert scheduler_problem(name) is None
+    assert row.sampler in SAMPLERS
+    assert row.needs_image == (needs_image_problem(name) is not None)
     scheduler = getattr(diffusers, row.class_name).from_config({}, **row.options)
     accepted = set(scheduler.config)
     assert set(row.options) <= accepted
     assert row.karras == ("use_karras_sigmas" in accepted)
     assert set(row.algorithm_types) <= set(ALGORITHM_TYPES)
+    for algorithm_type in row.algorithm_types:
+        task = GenerationTask(
+            model="", family="", width=8, height=8, seed=0, scheduler=name, steps=2, algorithm_type=algorithm_type
+        )
+        assert build_scheduler({"algorithm_type": "sde-dpmsolver++"}, task, 0).config.algorithm_type == "dpmsolver++"
 
 
 def test_unknown_names_are_answered_with_the_known_ones() -> None:
     assert DEFAULT_SCHEDULER in available_schedulers()
     assert all(name in str(scheduler_problem("Nonsense")) for name in available_schedulers())
-    assert all(name in str(control_type_problem("nonsense", auto_hint=True)) for name in CONTROL_TYPES)
+    assert all(name in str(control_type_problem("nonsense")) for name in CONTROL_TYPES)
 
 
 @pytest.mark.parametrize("scheme", STORAGES)

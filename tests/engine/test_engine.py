@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from serve_app.engine.request import GenerationRequest, RunningRequest
 from serve_app.engine.samplers import ModelCall, Sampler
 from serve_app.errors import Cancelled, FamilyMismatch, JobError, OutOfMemory, ServeError, WorkerLost
-from serve_app.schedulers import available_schedulers
+from serve_app.schedulers import SCHEDULERS, available_schedulers
 from serve_app.tasks import AttemptRef, ControlInput, GenerationTask, Mode
 from support.tiny import (
     Zoo,
@@ -84,7 +84,7 @@ tasks = st.builds(
     mode=st.sampled_from(Mode),
     strength=st.sampled_from([0.5, 0.8]),
     height=st.sampled_from([32, 48]),
-)
+).filter(lambda wanted: wanted.mode is not Mode.TEXT or not SCHEDULERS[wanted.scheduler].needs_image)
 
 
 @pytest.mark.full

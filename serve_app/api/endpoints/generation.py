@@ -90,7 +90,7 @@ class GenerationRequest(WireModel):
     use_karras_sigmas: Flag = True
     """No effect where the scheduler has none."""
     algorithm_type: Annotated[str, one_of_words(*ALGORITHM_TYPES)] = "none"
-    """For DPMSolverMultistepScheduler; no effect on others."""
+    """For DPMSolverMultistepScheduler and DPMSolverSinglestepScheduler; no effect on others."""
     tomesd: Flag | None = None
     """Accepted; token merging is not done here, and meta says so."""
     safety_checker: Flag = True
