@@ -78,7 +78,7 @@ def reference(seat: Seat) -> Tensor:
         )
         parts = [torch.cat([torch.zeros_like(part)] * (rows - half) + [part]) for part in (*down, middle)]
         residuals = [a + b for a, b in zip(residuals, parts, strict=True)] if residuals else parts
-    noise = seat.running.request.base.unet(
+    noise: Tensor = seat.running.request.base.unet(
         call.latent.expand(rows, -1, -1, -1),
         call.timestep,
         encoder_hidden_states=said.text,
