@@ -1,4 +1,4 @@
-"""controlnet-serve: keys, models, jobs, configuration, migrations, and one picture without a server."""
+"""controlnet-serve: keys, models, weights, jobs, configuration, migrations, and one picture without a server."""
 
 import asyncio
 import json
@@ -11,7 +11,9 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
-from serve_app.config import AppConfig, ModelSource, load_config
+from serve_app import cli_weights
+from serve_app.cli_options import ConfigOption, DataOption, read_config
+from serve_app.config import AppConfig, ModelSource
 from serve_app.errors import ServeError
 from serve_app.resources import Resources, open_resources
 
@@ -24,11 +26,7 @@ app.add_typer(keys_app, name="keys")
 app.add_typer(models_app, name="models")
 app.add_typer(jobs_app, name="jobs")
 app.add_typer(config_app, name="config")
-
-ConfigOption = Annotated[
-    Path | None, typer.Option("--config", "-c", help="YAML file: an AppConfig tree or a Serve config file.")
-]
-DataOption = Annotated[Path | None, typer.Option("--data", help="Data folder; overrides the configuration's.")]
+app.add_typer(cli_weights.app, name="weights")
 
 
 def main() -> None:
@@ -47,14 +45,9 @@ def main() -> None:
     sys.exit(1)
 
 
-def _config(config: Path | None, data: Path | None) -> AppConfig:
-    loaded = load_config(config)
-    return loaded.model_copy(update={"data": data}) if data is not None else loaded
-
-
 @contextmanager
 def _resources(config: Path | None, data: Path | None) -> Iterator[Resources]:
-    resources = open_resources(_config(config, data))
+    resources = open_resources(read_config(config, data))
     try:
         yield resources
     finally:
@@ -143,7 +136,7 @@ def jobs_show(job_id: int, config: ConfigOption = None, data: DataOption = None)
 @config_app.command("check")
 def config_check(config: ConfigOption = None, data: DataOption = None) -> None:
     """Check a configuration file and print the effective tree as JSON; it holds no secrets."""
-    print(json.dumps(_config(config, data).model_dump(mode="json"), indent=2))
+    print(json.dumps(read_config(config, data).model_dump(mode="json"), indent=2))
 
 
 @app.command()
@@ -177,7 +170,7 @@ def generate(
         "num_inference_steps": steps,
         "seed": seed,
     }
-    output.write_bytes(asyncio.run(_generate(_config(config, data), body)))
+    output.write_bytes(asyncio.run(_generate(read_config(config, data), body)))
     print(output)
 
 

@@ -198,6 +198,12 @@ class DenoiserConfig(ReplicaConfig):
 
 class AnnotatorConfig(ReplicaConfig):
     max_ongoing: Count = 4
+    weights_folder: Path | None = None
+    """Where the detectors' weights lie, see ``controlnet-serve weights``; None: ``annotators`` in the data folder."""
+    device: str = "auto"
+    """As ``DenoiserConfig.device``, for detectors with weights."""
+    detector_memory_bytes: Count = 4 * 1024**3
+    """Budget of the loaded detectors; the least recently used one that no request holds goes first."""
 
 
 class GatewayConfig(ReplicaConfig):
@@ -307,6 +313,10 @@ class AppConfig(Section):
     @property
     def published_models(self) -> Path:
         return (self.models_folder or self.data_folder / "models").expanduser().absolute()
+
+    @property
+    def annotator_weights(self) -> Path:
+        return (self.annotator.weights_folder or self.data_folder / "annotators").expanduser().absolute()
 
     @property
     def public_url(self) -> str:

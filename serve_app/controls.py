@@ -10,18 +10,25 @@ from serve_app.errors import one_of
 class ControlType:
     """One row.
 
-    ``annotator`` is a name in ``serve_app.annotators.ANNOTATORS`` or None while no detector is served for it;
-    ``missing`` then says what it would take. ``nets`` names the usual ControlNet per base family, for messages.
+    ``annotator`` is the default, a name in ``serve_app.annotators.ANNOTATORS``, and ``choices`` are the others that
+    make maps for this type. The default is fixed: where its weights are missing, that is an error, because another
+    detector would draw another picture. Types that have a good annotator without weights have it as their default.
+    ``nets`` names the usual ControlNet per base family, for messages.
     """
 
-    annotator: str | None
+    annotator: str
     nets: Mapping[str, str] = field(default_factory=dict)
-    missing: str = ""
+    choices: tuple[str, ...] = ()
     needs_mask: bool = False
     lines: bool = False
     """The map holds thin lines, poses or flat colours: a sent map is resized without inventing levels between them."""
     union: int | None = None
     """Index of this control in a ControlNet-Union (xinsir/controlnet-union-sdxl-1.0 and its promax version)."""
+
+    @property
+    def annotators(self) -> tuple[str, ...]:
+        """Every name that a request may choose, the default first. ``none``: the picture already is the map."""
+        return (self.annotator, *self.choices, *(() if self.needs_mask else ("none",)))
 
 
 _SD15 = "lllyasviel/control_"
@@ -34,64 +41,65 @@ CONTROL_TYPES: Mapping[str, ControlType] = {
             "sd21": "thibaud/controlnet-sd21-canny-diffusers",
             "sdxl": "xinsir/controlnet-canny-sdxl-1.0",
         },
+        choices=("invert",),
         lines=True,
         union=3,
     ),
     "depth": ControlType(
-        None,
+        "depth_anything_v2",
         {
             "sd15": _SD15 + "v11f1p_sd15_depth",
             "sd21": "thibaud/controlnet-sd21-depth-diffusers",
             "sdxl": "xinsir/controlnet-depth-sdxl-1.0",
         },
-        missing="the weights depth-anything/Depth-Anything-V2-Small-hf",
+        choices=("midas", "zoe", "leres"),
         union=1,
     ),
-    "hed": ControlType(None, {"sd15": _SD15 + "v11p_sd15_softedge"}, missing="the weights ControlNetHED.pth", union=2),
-    "mlsd": ControlType(
-        None, {"sd15": _SD15 + "v11p_sd15_mlsd"}, missing="the weights mlsd_large_512_fp32.pth", lines=True, union=3
-    ),
-    "normal": ControlType(None, {"sd15": _SD15 + "v11p_sd15_normalbae"}, missing="the weights scannet.pt", union=4),
+    "hed": ControlType("hed", {"sd15": _SD15 + "v11p_sd15_softedge"}, union=2),
+    "mlsd": ControlType("mlsd", {"sd15": _SD15 + "v11p_sd15_mlsd"}, lines=True, union=3),
+    "normal": ControlType("normal_bae", {"sd15": _SD15 + "v11p_sd15_normalbae"}, union=4),
     "openpose": ControlType(
-        None,
+        "openpose_body",
         {
             "sd15": _SD15 + "v11p_sd15_openpose",
             "sd21": "thibaud/controlnet-sd21-openposev2-diffusers",
             "sdxl": "xinsir/controlnet-openpose-sdxl-1.0",
         },
-        missing="the weights body_pose_model.pth",
+        choices=("openpose_hand", "openpose_face", "openpose_full"),
         lines=True,
         union=0,
     ),
     "scribble": ControlType(
         "xdog",
         {"sd15": _SD15 + "v11p_sd15_scribble", "sdxl": "xinsir/controlnet-scribble-sdxl-1.0"},
+        choices=("scribble_pidinet", "scribble_hed", "invert"),
         lines=True,
         union=2,
     ),
     "segmentation": ControlType(
-        None,
+        "upernet",
         {"sd15": _SD15 + "v11p_sd15_seg"},
-        missing="the weights openmmlab/upernet-convnext-small",
         lines=True,
         union=5,
     ),
     "aesthetic-controlnet": ControlType("canny", {"sd21": "krea/aesthetic-controlnet"}, lines=True),
     "inpaint": ControlType("inpaint", {"sd15": _SD15 + "v11p_sd15_inpaint"}, needs_mask=True, union=7),
-    "softedge": ControlType(
-        None, {"sd15": _SD15 + "v11p_sd15_softedge"}, missing="the weights table5_pidinet.pth", union=2
+    "softedge": ControlType("pidinet", {"sd15": _SD15 + "v11p_sd15_softedge"}, choices=("hed",), union=2),
+    "lineart": ControlType(
+        "lineart_standard",
+        {"sd15": _SD15 + "v11p_sd15_lineart"},
+        choices=("lineart_realistic", "lineart_coarse", "lineart_anime", "invert"),
+        lines=True,
+        union=3,
     ),
-    "lineart": ControlType("lineart_standard", {"sd15": _SD15 + "v11p_sd15_lineart"}, lines=True, union=3),
     "shuffle": ControlType("shuffle", {"sd15": _SD15 + "v11e_sd15_shuffle"}),
     "tile": ControlType(
         "tile", {"sd15": _SD15 + "v11f1e_sd15_tile", "sdxl": "xinsir/controlnet-tile-sdxl-1.0"}, union=6
     ),
-    "face_detector": ControlType(
-        None, {"sd15": "CrucibleAI/ControlNetMediaPipeFace"}, missing="the model file face_landmarker.task", lines=True
-    ),
+    "face_detector": ControlType("mediapipe_face", {"sd15": "CrucibleAI/ControlNetMediaPipeFace"}, lines=True),
     "qrcode": ControlType("tile", {"sd15": "monster-labs/control_v1p_sd15_qrcode_monster"}, lines=True),
     "lineart_anime": ControlType(
-        None, {"sd15": _SD15 + "v11p_sd15s2_lineart_anime"}, missing="the weights netG.pth", lines=True, union=3
+        "lineart_anime", {"sd15": _SD15 + "v11p_sd15s2_lineart_anime"}, choices=("invert",), lines=True, union=3
     ),
 }
 
@@ -105,22 +113,15 @@ def union_control_types(count: int) -> tuple[str, ...]:
     return tuple(name for name, row in CONTROL_TYPES.items() if row.union is not None and row.union < count)
 
 
-def annotatable_types() -> tuple[str, ...]:
-    """Control types whose map this version can make from a photo."""
-    return tuple(name for name, row in CONTROL_TYPES.items() if row.annotator)
+def control_type_problem(name: str) -> str | None:
+    """Why ``name`` can't be used, as a message for the client, or None."""
+    return None if name in CONTROL_TYPES else one_of("controlnet_type", name, tuple(CONTROL_TYPES))
 
 
-def control_type_problem(name: str, auto_hint: bool) -> str | None:
-    """Why ``name`` can't be used, as a message for the client, or None.
+def annotator_problem(control_type: str, annotator: str | None) -> str | None:
+    """Why a request can't choose this annotator, as a message for the client, or None. None chooses the default.
 
-    With ``auto_hint`` off the image already is the control map, so no annotator is needed.
+    Whether its weights are there is another question: ``serve_app.annotators.readiness``.
     """
-    row = CONTROL_TYPES.get(name)
-    if row is None:
-        return one_of("controlnet_type", name, tuple(CONTROL_TYPES))
-    if auto_hint and row.annotator is None:
-        return (
-            f"The annotator of {name!r} is not available: it needs {row.missing}. Send the control map itself with "
-            f"auto_hint: no, or use one of: {', '.join(annotatable_types())}."
-        )
-    return None
+    allowed = CONTROL_TYPES[control_type].annotators
+    return None if annotator is None or annotator in allowed else one_of("annotator", annotator, allowed)

@@ -17,6 +17,11 @@ def tile(source: Source) -> ControlMap:
     return source.image
 
 
+def invert(source: Source) -> ControlMap:
+    """The picture in negative: a drawing in black on white becomes lines in white on black."""
+    return 255 - source.image
+
+
 def shuffle(source: Source) -> ControlMap:
     """The picture folded at random, so that its colours and textures guide and its layout does not.
 

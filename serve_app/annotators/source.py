@@ -1,8 +1,9 @@
 """What an annotator gets, what it gives, and how it declares its parameters. No detector is imported here."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from serve_app.errors import JobError, one_of
 from serve_app.tasks import ControlMap, ImageArray, JsonScalar
@@ -35,6 +36,25 @@ class Param:
 
 
 @dataclass(frozen=True, slots=True)
+class Switch:
+    """A yes or no that callers may choose."""
+
+    name: str
+    default: bool
+    help: str
+
+    def read(self, value: JsonScalar) -> bool:
+        """``value``, checked.
+
+        Raises:
+            JobError: neither true nor false.
+        """
+        if isinstance(value, bool):
+            return value
+        raise JobError(f"The annotator parameter {self.name} must be true or false, got {value!r}.")
+
+
+@dataclass(frozen=True, slots=True)
 class Source:
     """What an annotator looks at. Already at the output's size: a map of the same size lines up with the output."""
 
@@ -44,7 +64,9 @@ class Source:
     """(H, W) uint8, 255 = repaint."""
     seed: int
     params: Mapping[str, float]
-    """Every declared parameter, defaults filled in."""
+    """Every declared parameter, defaults filled in; a switch is a bool."""
+    networks: Mapping[str, Any] = field(default_factory=dict)
+    """The networks that the annotator's row names, loaded."""
 
 
 class Annotator(Protocol):
@@ -53,12 +75,26 @@ class Annotator(Protocol):
         ...
 
 
+class Networks(Protocol):
+    """Where annotators get loaded networks from; ``serve_app.annotators.detectors`` has the one with weights."""
+
+    def lease(self, names: Sequence[str]) -> AbstractContextManager[Mapping[str, Any]]:
+        """The networks of these names, loaded first where necessary, kept in memory until the context ends.
+
+        Raises:
+            AnnotatorUnavailable: weights or a package are missing.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class AnnotatorRow:
     """One row of ANNOTATORS: where the function is, as ``module:name``, and what callers may choose."""
 
     target: str
-    params: tuple[Param, ...] = ()
+    params: tuple[Param | Switch, ...] = ()
+    networks: tuple[str, ...] = ()
+    """Names in ``serve_app.annotators.weights.NETWORKS``; none: no weights are needed."""
 
     def read(self, given: Mapping[str, JsonScalar]) -> dict[str, float]:
         """The effective parameters.

@@ -8,7 +8,6 @@ mounted looks like, fails nobody: the job runs again, perhaps on another node, a
 """
 
 import errno
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,15 +20,13 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from transformers.utils import logging as transformers_logging
 
 from serve_app.errors import ModelError, ModelLoadFailed, OutOfMemory, RetryableError, WorkerLost
+from serve_app.models.building import ONE_AT_A_TIME
 from serve_app.models.catalog import ModelEntry, ModelType
 from serve_app.models.components import BaseComponents, NetComponents
 from serve_app.models.device_errors import is_out_of_memory
 from serve_app.models.sources import ResolvedSource, family_of, resolve
 
 T = TypeVar("T")
-
-# Both libraries replace methods of torch.nn while they build an empty model: two loads at once would mix them up.
-_ONE_AT_A_TIME = threading.Lock()
 
 _CLASSES: Mapping[str, Any] = {
     "unet": UNet2DConditionModel,
@@ -94,7 +91,7 @@ def _net(entry: ModelEntry, source: ResolvedSource, device: torch.device, dtype:
 
 def _guarded(entry: ModelEntry, wanted: ModelType, build: Callable[[ResolvedSource], T]) -> T:
     try:
-        with _ONE_AT_A_TIME:
+        with ONE_AT_A_TIME:
             return build(_check(entry, wanted))
     except (ModelError, RetryableError) as error:
         raise type(error)(f"The model {entry.id!r}: {error.message}") from error

@@ -38,7 +38,6 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"controlnet_model": ","}, "controlnet_model", "The controlnet_model field is required."),
     ({"controlnet_model": "cany"}, "controlnet_model", "'cany' is unknown. Allowed: canny, depth"),
     ({"controlnet_model": "tiny"}, "controlnet_model", "unknown"),
-    ({"controlnet_model": "depth"}, "controlnet_model", "annotator of 'depth' is not available"),
     ({"controlnet_model": "shuffle"}, "controlnet_model", "No ControlNet for 'shuffle' is loaded"),
     ({"controlnet_model": "xl-canny"}, "controlnet_model", "of the family 'sdxl', the model_id 'tiny' of 'sd15'"),
     ({"controlnet_model": ["canny"] * 9}, "controlnet_model", "9 ids; at most 8"),

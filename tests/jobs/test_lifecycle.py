@@ -18,9 +18,9 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
-from serve_app.annotators import annotate
+from serve_app.annotators import ANNOTATORS, annotate
 from serve_app.config import ImageLimits, LimitsConfig
-from serve_app.controls import CONTROL_TYPES, annotatable_types
+from serve_app.controls import CONTROL_TYPES
 from serve_app.database import Database
 from serve_app.errors import (
     FetchFailed,
@@ -254,7 +254,8 @@ async def test_pictures_at_the_outputs_size_change_no_map_and_no_latent(
     """What gets the pictures as decoded and what gets them already resized make the same of them."""
     random = np.random.default_rng(5)
     photo, mask = (encode_png(random.integers(0, 256, (size[1], size[0], *rest), np.uint8)) for rest in ((3,), ()))
-    kinds = [(kind, True) for kind in annotatable_types()] + [(kind, False) for kind in CONTROL_TYPES]
+    weightless = [kind for kind, row in CONTROL_TYPES.items() if not ANNOTATORS[row.annotator].networks]
+    kinds = [(kind, True) for kind in weightless] + [(kind, False) for kind in CONTROL_TYPES]
     controls = tuple(ControlInput(net="n", control_type=kind, auto_hint=hint) for kind, hint in kinds)
     spec = make_spec(mode=Mode.MASKED)
     guided = spec.task.model_copy(update={"controls": controls})

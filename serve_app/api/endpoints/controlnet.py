@@ -42,7 +42,7 @@ from serve_app.controls import CONTROL_TYPES, control_type_problem
 from serve_app.errors import one_of
 from serve_app.jobs.job import JobSpec
 from serve_app.models.catalog import Catalog, ModelEntry, ModelType
-from serve_app.schedulers import SCHEDULERS
+from serve_app.schedulers import SCHEDULERS, needs_image_problem
 from serve_app.tasks import ControlInput, GenerationTask, Mode, OutputOptions
 
 MAX_SCALE = 20
@@ -86,7 +86,8 @@ class ControlNetRequest(GenerationRequest):
     mask_image: Picture = ""
     """White is painted again; needs init_image."""
     strength: Annotated[float, Real(0, 1, above=True)] = 1.0
-    """How much of init_image is drawn anew; exactly 1 draws from noise."""
+    """How much of init_image is drawn anew; exactly 1 draws from noise, or with DDIMInverseScheduler from the image's
+    own noise."""
     controlnet_conditioning_scale: Annotated[tuple[float, ...], Reals(0, MAX_SCALE)] = ()
     """Default 1."""
     control_guidance_start: Annotated[tuple[float, ...], Reals(0, 1)] = ()
@@ -142,6 +143,8 @@ def _check_own(wish: ControlNetRequest, config: AppConfig, problems: Problems) -
     if not wish.init_image and "init_image" not in problems:
         if wish.mask_image:
             problems.add("init_image", "The init_image field is required with mask_image.")
+        elif problem := needs_image_problem(wish.scheduler):
+            problems.add("init_image", problem)
         elif not wish.control_image and "control_image" not in problems:
             problems.add("init_image", "The init_image field is required unless control_image is given.")
     if count and len(wish.control_image) not in {0, 1, count}:
@@ -197,7 +200,7 @@ def _net(
 ) -> tuple[str, str] | None:
     """Catalogue id and control type of one name of ``controlnet_model``; None when a problem was added."""
     if name in CONTROL_TYPES:
-        if problem := control_type_problem(name, wish.auto_hint):
+        if problem := control_type_problem(name):
             problems.add("controlnet_model", problem)
         elif base is not None:
             entry = catalog.net_for(name, base.family)
@@ -252,17 +255,21 @@ def _type_of(entry: ModelEntry, index: int, wish: ControlNetRequest, problems: P
         )
         return None
     control_type = types[0] if len(types) == 1 else types[index]
-    if problem := control_type_problem(control_type, wish.auto_hint):
+    if problem := control_type_problem(control_type):
         problems.add("controlnet_type", problem)
         return None
     return control_type
 
 
 def _mode(wish: ControlNetRequest) -> Mode:
-    """Strength 1 destroys all of the init image, so that nothing of it is needed but its control map."""
+    """Strength 1 destroys all of the init image, so that nothing of it is needed but its control map.
+
+    Except where the scheduler inverts it: then strength 1 takes the image all the way back to noise, its own.
+    """
     if wish.mask_image:
         return Mode.MASKED
-    return Mode.IMAGE if wish.init_image and wish.strength < 1 else Mode.TEXT
+    used = wish.strength < 1 or SCHEDULERS[wish.scheduler].needs_image
+    return Mode.IMAGE if wish.init_image and used else Mode.TEXT
 
 
 def _control_sources(wish: ControlNetRequest, controls: Sequence[ControlInput]) -> tuple[str, ...]:

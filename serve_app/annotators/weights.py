@@ -1,0 +1,256 @@
+"""WEIGHTS and NETWORKS: which files the detectors need, where they come from, and where they lie on this machine.
+
+Strings and paths only: no torch here, so that a gateway can tell which annotators are ready.
+
+Below the weights folder a file of the hub repository ``owner/name`` is looked for in two places: ``owner/name/file``,
+which is what ``controlnet-serve weights convert`` writes and what a plain copy of a repository looks like, and
+``models--owner--name/snapshots/<revision>/file``, the layout of the hub's own cache, which
+``controlnet-serve weights fetch`` fills. Services read safetensors and, for MediaPipe, a ``.task`` file of a known
+hash. Pickles are read by ``convert`` alone.
+"""
+
+import importlib.util
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from serve_app.annotators.source import AnnotatorRow
+from serve_app.errors import AnnotatorUnavailable, one_of
+
+_REVISION = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]*")
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """One row of WEIGHTS: a file as it is published."""
+
+    repo: str
+    """``owner/name`` on the Hugging Face hub; for a ``url``, the folder it is kept in."""
+    file: str
+    licence: str
+    revision: str | None = None
+    """Commit of the repository; None: not pinned, ``main`` is fetched."""
+    sha256: str | None = None
+    """Of ``file`` as published; None: not known."""
+    inner: tuple[str, ...] = ()
+    """Keys that lead to the state dict inside a pickle."""
+    prefix: str = ""
+    """Removed from the start of every name in the state dict."""
+    beside: tuple[str, ...] = ()
+    """Files of the same repository that are needed with it."""
+    pickle: str | None = None
+    """What ``file`` can be converted from where the repository has no safetensors."""
+    url: str | None = None
+    """Where it is published if not on the hub."""
+
+    @property
+    def served(self) -> str:
+        """The name of the file that services read."""
+        return f"{Path(self.file).stem}.safetensors" if self.is_pickle else self.file
+
+    @property
+    def is_pickle(self) -> bool:
+        return self.file.endswith((".pth", ".pt"))
+
+    @property
+    def label(self) -> str:
+        return f"{self.repo}: {self.file}"
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """One row of NETWORKS: what is loaded, and from which weights."""
+
+    loader: str
+    """``module:function``; gets the path of the file that is served."""
+    weights: str
+    """Name in WEIGHTS."""
+    package: str = ""
+    """An optional package that must be installed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The annotator can run: its weights are there. Whether they are intact, ``weights verify`` tells."""
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """The annotator can't run."""
+
+    reason: str
+    """What is missing, its licence, and the command that gets it."""
+
+
+Readiness = Ready | Missing
+
+# Hashes and the commit are those that the hub shows for these files.
+_ANNOTATORS = "lllyasviel/Annotators"
+_COMMIT = "982e7edaec38759d914a963c48c4726685de7d96"
+_FACE_LANDMARKER = "mediapipe-models/face_landmarker/face_landmarker/float16/1/face_landmarker.task"
+_OPENPOSE_LICENCE = "OpenPose licence, non-commercial research only"
+
+
+def _pickle(file: str, licence: str, sha256: str, inner: tuple[str, ...] = (), prefix: str = "") -> Weights:
+    return Weights(_ANNOTATORS, file, licence, _COMMIT, sha256, inner, prefix)
+
+
+def _folder(repo: str, licence: str, revision: str | None = None) -> Weights:
+    """A model that transformers loads."""
+    return Weights(repo, "model.safetensors", licence, revision, beside=("config.json",), pickle="pytorch_model.bin")
+
+
+WEIGHTS: Mapping[str, Weights] = {
+    "hed": _pickle(
+        "ControlNetHED.pth", "Apache-2.0", "5ca93762ffd68a29fee1af9d495bf6aab80ae86f08905fb35472a083a4c7a8fa"
+    ),
+    "pidinet": _pickle(
+        "table5_pidinet.pth",
+        "PiDiNet licence, research only",
+        "80860ac267258b5f27486e0ef152a211d0b08120f62aeb185a050acc30da486c",
+        ("state_dict",),
+        "module.",
+    ),
+    "mlsd": _pickle(
+        "mlsd_large_512_fp32.pth", "Apache-2.0", "5696f168eb2c30d4374bbfd45436f7415bb4d88da29bea97eea0101520fba082"
+    ),
+    "lineart": _pickle("sk_model.pth", "MIT", "c686ced2a666b4850b4bb6ccf0748031c3eda9f822de73a34b8979970d90f0c6"),
+    "lineart_coarse": _pickle(
+        "sk_model2.pth", "MIT", "30a534781061f34e83bb9406b4335da4ff2616c95d22a585c1245aa8363e74e0"
+    ),
+    "lineart_anime": _pickle(
+        "netG.pth", "MIT", "ccabdcc3f5cf3c07cf65d58776acb21df7dfda825cdc70c9766a93fd62bfc488", prefix="module."
+    ),
+    "normal_bae": _pickle(
+        "scannet.pt",
+        "MIT",
+        "03dbf1600c51ee3d45c29f77b77bf1a3b7a24c3452dba62a4ae658f37330c209",
+        ("model",),
+        "module.",
+    ),
+    "leres": _pickle(
+        "res101.pth",
+        "BSD-2-Clause, academic use only",
+        "1d696b2ef3e8336b057d0c15bc82d2fecef821bfebe5ef9d7671a5ec5dde520b",
+        ("depth_model",),
+        "module.",
+    ),
+    "openpose_body": _pickle(
+        "body_pose_model.pth", _OPENPOSE_LICENCE, "25a948c16078b0f08e236bda51a385d855ef4c153598947c28c0d47ed94bb746"
+    ),
+    "openpose_hand": _pickle(
+        "hand_pose_model.pth", _OPENPOSE_LICENCE, "b76b00d1750901abd07b9f9d8c98cc3385b8fe834a26d4b4f0aad439e75fc600"
+    ),
+    "openpose_face": _pickle(
+        "facenet.pth", _OPENPOSE_LICENCE, "8beb52e548624ffcc4aed12af7aee7dcbfaeea420c75609fee999fe7add79d43"
+    ),
+    "depth_anything_v2": _folder(
+        "depth-anything/Depth-Anything-V2-Small-hf", "Apache-2.0", "5426e4f0f36572d16453bbda7a8389317b1bef99"
+    ),
+    "midas": _folder("Intel/dpt-hybrid-midas", "Apache-2.0"),
+    "zoe": _folder("Intel/zoedepth-nyu", "MIT"),
+    "upernet": _folder("openmmlab/upernet-convnext-small", "MIT"),
+    "face_landmarker": Weights(
+        "mediapipe/face_landmarker",
+        "face_landmarker.task",
+        "Apache-2.0",
+        sha256="64184e229b263107bc2b804c6625db1341ff2bb731874b0bcc2fe6544e0bc9ff",
+        url=f"https://storage.googleapis.com/{_FACE_LANDMARKER}",
+    ),
+}
+
+_LOADERS = "serve_app.annotators.networks"
+
+NETWORKS: Mapping[str, Network] = {
+    "hed": Network(f"{_LOADERS}:hed", "hed"),
+    "pidinet": Network(f"{_LOADERS}:pidinet", "pidinet"),
+    "mlsd": Network(f"{_LOADERS}:mlsd", "mlsd"),
+    "lineart": Network(f"{_LOADERS}:lineart", "lineart"),
+    "lineart_coarse": Network(f"{_LOADERS}:lineart", "lineart_coarse"),
+    "lineart_anime": Network(f"{_LOADERS}:lineart_anime", "lineart_anime"),
+    "normal_bae": Network(f"{_LOADERS}:normal_bae", "normal_bae"),
+    "leres": Network(f"{_LOADERS}:leres", "leres"),
+    "openpose_body": Network(f"{_LOADERS}:openpose_body", "openpose_body"),
+    "openpose_hand": Network(f"{_LOADERS}:openpose_hand", "openpose_hand"),
+    "openpose_face": Network(f"{_LOADERS}:openpose_face", "openpose_face"),
+    "depth_anything_v2": Network(f"{_LOADERS}:depth_anything", "depth_anything_v2"),
+    "midas": Network(f"{_LOADERS}:midas", "midas"),
+    "zoe": Network(f"{_LOADERS}:zoe", "zoe"),
+    "upernet": Network(f"{_LOADERS}:upernet", "upernet"),
+    "face_landmarker": Network("serve_app.annotators.face:load", "face_landmarker", package="mediapipe"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class WeightStore:
+    """The weights folder of this machine."""
+
+    folder: Path
+    table: Mapping[str, Weights] = field(default_factory=lambda: WEIGHTS)
+
+    def row(self, name: str) -> Weights:
+        """Raises AnnotatorUnavailable: there are no weights of this name."""
+        if name not in self.table:
+            raise AnnotatorUnavailable(one_of("weights", name, tuple(self.table)))
+        return self.table[name]
+
+    def find(self, name: str, file: str) -> Path | None:
+        """Where ``file`` of the repository of ``name`` lies, or None. A half-written file has another name."""
+        row = self.row(name)
+        plain = self.folder / row.repo / file
+        if plain.is_file():
+            return plain
+        cached = self.folder / f"models--{row.repo.replace('/', '--')}"
+        revision = row.revision or _main(cached)
+        if revision is None or not _REVISION.fullmatch(revision):
+            return None
+        path = cached / "snapshots" / revision / file
+        return path if path.is_file() else None
+
+    def served(self, name: str) -> Path | None:
+        """The file that a service reads, if it and the files beside it are there."""
+        row = self.row(name)
+        path = self.find(name, row.served)
+        return path if path is not None and all((path.parent / other).is_file() for other in row.beside) else None
+
+    def problem(self, network: str) -> str | None:
+        """Why a network can't be loaded, for the person who can mend it, or None."""
+        row = NETWORKS[network]
+        if row.package and importlib.util.find_spec(row.package) is None:
+            return f"the package {row.package} is not installed; run: pip install {row.package}"
+        if self.served(row.weights) is not None:
+            return None
+        weights = self.row(row.weights)
+        has_pickle = any(self.find(row.weights, file) for file in (weights.file, weights.pickle) if file)
+        verb = "convert" if has_pickle else "fetch"
+        origin = weights.url or f"the repository {weights.repo}"
+        return (
+            f"the weights {weights.served} from {origin} (licence: {weights.licence}) are not in the weights folder; "
+            f"run: controlnet-serve weights {verb} {row.weights}"
+        )
+
+    def require(self, network: str) -> Path:
+        """The file to load a network from.
+
+        Raises:
+            AnnotatorUnavailable: it or a package is missing; the message names the command that helps.
+        """
+        problem = self.problem(network)
+        path = self.served(NETWORKS[network].weights)
+        if problem is not None or path is None:
+            raise AnnotatorUnavailable(f"The annotator is not available: {problem}.")
+        return path
+
+    def readiness(self, annotators: Mapping[str, AnnotatorRow]) -> dict[str, Readiness]:
+        """Which annotators can run here, by what lies in the folder. Opens no file."""
+        found: dict[str, Readiness] = {}
+        for name, row in annotators.items():
+            problems = [problem for network in row.networks if (problem := self.problem(network)) is not None]
+            found[name] = Missing("; ".join(problems)) if problems else Ready()
+        return found
+
+
+def _main(cached: Path) -> str | None:
+    reference = cached / "refs" / "main"
+    return reference.read_text().strip() if reference.is_file() else None
