@@ -4,9 +4,11 @@
 replicas. Whoever calls a backend sees only the errors of ``serve_app.errors``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from pydantic import Field
 
 from serve_app.tasks import (
     AnnotationInfo,
@@ -15,6 +17,7 @@ from serve_app.tasks import (
     GenerationResult,
     GenerationTask,
     ImageArray,
+    MapOutput,
     OutputOptions,
     Value,
 )
@@ -40,6 +43,8 @@ class DenoiserStats(Value):
     running: int
     waiting: int
     max_rows: int
+    deterministic: bool
+    """Whether its pictures are equal byte for byte under any load."""
     unet_forwards: int
     unet_rows: int
     generate_calls: int
@@ -54,6 +59,11 @@ class AnnotatorStats(Value):
     node: str
     pid: int
     annotate_calls: int
+    """Control maps handed out, made or cached."""
+    annotator_runs: int = 0
+    """Control maps really made."""
+    missing: Mapping[str, str] = Field(default_factory=dict)
+    """Annotator -> what it lacks on this replica, for those that cannot run."""
 
 
 class BackendStats(Value):
@@ -62,10 +72,17 @@ class BackendStats(Value):
 
 
 class Backend(Protocol):
-    async def annotate(self, task: AnnotationTask, image: ImageArray, mask: ImageArray | None = None) -> Annotation:
+    async def annotate(
+        self,
+        task: AnnotationTask,
+        image: ImageArray,
+        mask: ImageArray | None = None,
+        output: MapOutput | None = None,
+    ) -> Annotation:
         """Make one control map of exactly ``task.width`` x ``task.height``.
 
         ``image`` is (h, w, 3) uint8 of any size; ``mask`` (h, w) uint8 is needed by control type ``inpaint`` only.
+        ``output``: where the map is stored as a picture before this returns.
 
         Raises:
             AnnotatorUnavailable: the control type has no annotator here.

@@ -137,6 +137,7 @@ class ImageGenerator:
             running=self._engine.running,
             waiting=self._loading + self._driver.waiting,
             max_rows=self._config.max_rows,
+            deterministic=self._config.deterministic is not False,
             unet_forwards=self._engine.unet_forwards,
             unet_rows=self._engine.unet_rows,
             generate_calls=self._generate_calls,

@@ -52,7 +52,7 @@ def gather(parts: Sequence[Part], pad_to: int | None) -> Inputs:
     width = len(pictures) if pad_to is None else pad_to
     device = parts[0].latent.device
     rows = None if width == len(parts) else filled(torch.tensor(pictures, device=device), width)
-    latents = torch.cat([part.latent for part in parts])
+    latents = _joined([part.latent for part in parts])
     timesteps = torch.tensor([part.timestep for part in parts], dtype=torch.float32, device=device)
     hints, embeddings = _stacked([part.hint for part in parts]), _stacked([part.embedding for part in parts])
     if pad_to is not None and rows is not None:
@@ -66,7 +66,13 @@ def gather(parts: Sequence[Part], pad_to: int | None) -> Inputs:
 def _stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
     """Of one model: either all are there or none is."""
     there = [tensor for tensor in tensors if tensor is not None]
-    return torch.cat(there) if there else None
+    return _joined(there) if there else None
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    """In one memory layout, whatever they come in: a VAE's latents are laid out channels last, and ``cat`` would keep
+    that beside others like them and lose it beside noise. Kernels of another layout differ in the last bit."""
+    return torch.cat(list(tensors)).contiguous()
 
 
 def run_unet(unet: Any, inputs: Inputs, residuals: Sequence[Tensor]) -> Tensor:

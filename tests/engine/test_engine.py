@@ -1,4 +1,4 @@
-"""Requests among others: what one asks must not change what another gets."""
+"""Requests among others: what one asks must not change what another gets. Random crowds: ``test_deterministic.py``."""
 
 import gc
 import weakref
@@ -9,14 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from serve_app.engine.request import GenerationRequest, RunningRequest
 from serve_app.engine.samplers import ModelCall, Sampler
 from serve_app.errors import Cancelled, FamilyMismatch, JobError, OutOfMemory, ServeError, WorkerLost
-from serve_app.schedulers import SCHEDULERS, available_schedulers
-from serve_app.tasks import AttemptRef, ControlInput, GenerationTask, Mode
+from serve_app.tasks import AttemptRef, ControlInput, Mode
 from support.tiny import (
     Zoo,
     controls,
@@ -70,33 +67,6 @@ def test_eight_unlike_requests_that_come_and_go_draw_what_each_draws_alone(zoo: 
         assert relative_error(latents(ours), latents(drawn_alone(one))) < TOLERANCE
         assert np.isfinite(latents(ours).numpy()).all()
     assert any(finished(outcome).forward_rows > 2 * finished(outcome).forwards for outcome in together.values())
-
-
-tasks = st.builds(
-    task,
-    scheduler=st.sampled_from(available_schedulers()),
-    seed=st.integers(0, 99),
-    steps=st.integers(2, 6),
-    guidance_scale=st.sampled_from([1.0, 5.0]),
-    guess_mode=st.booleans(),
-    samples=st.integers(1, 2),
-    controls=st.sampled_from([(), controls("canny"), controls("shuffle", "canny"), controls("depth", "depth")]),
-    mode=st.sampled_from(Mode),
-    strength=st.sampled_from([0.5, 0.8]),
-    height=st.sampled_from([32, 48]),
-).filter(lambda wanted: wanted.mode is not Mode.TEXT or not SCHEDULERS[wanted.scheduler].needs_image)
-
-
-@pytest.mark.full
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.tuples(st.integers(0, 8), tasks), min_size=2, max_size=8), st.integers(2, 16))
-def test_any_crowd_draws_what_each_draws_alone(
-    zoo: Zoo, crowd: list[tuple[int, GenerationTask]], max_rows: int
-) -> None:
-    arrivals = [(step, request(zoo, wanted)) for step, wanted in crowd]
-    together = run(tiny_engine(max_rows=max_rows), arrivals)
-    for _, one in arrivals:
-        assert relative_error(latents(finished(together[one])), latents(drawn_alone(one))) < TOLERANCE
 
 
 def test_the_same_request_gives_the_same_bytes(zoo: Zoo) -> None:

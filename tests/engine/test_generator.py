@@ -164,6 +164,15 @@ async def test_concurrent_requests_share_forwards(workshop: Workshop) -> None:
     assert (stats.replica, stats.node, stats.running, stats.waiting) == ("replica-1", "node-1", 0, 0)
     assert (stats.generate_calls, stats.unet_rows, stats.models) == (6, 6 * 12 * 2, ("base",))
     assert stats.unet_forwards < 6 * 12
+    assert not stats.deterministic
+
+
+async def test_deterministic_generators_say_so(workshop: Workshop) -> None:
+    pinned = ImageGenerator(
+        DenoiserConfig(deterministic=4), workshop.shelf, workshop.store, workshop.meter, "replica-4", "node-1"
+    )
+    assert pinned.stats().deterministic
+    await pinned.close()
 
 
 async def test_a_net_of_another_family_is_refused(workshop: Workshop) -> None:

@@ -37,6 +37,7 @@ from serve_app.tasks import (
     GenerationResult,
     GenerationTask,
     ImageArray,
+    MapOutput,
     OutputOptions,
 )
 
@@ -92,6 +93,8 @@ class PaintedBackend:
     """Cleared: ``generate`` waits."""
     failure: ServeError | None = None
     replicas: int = 1
+    missing: dict[str, str] = field(default_factory=dict)
+    """Annotators that lack something."""
 
     def __post_init__(self) -> None:
         self.gate.set()
@@ -100,11 +103,23 @@ class PaintedBackend:
     def touched(self) -> int:
         return len(self.annotated) + len(self.generated)
 
-    async def annotate(self, task: AnnotationTask, image: ImageArray, mask: ImageArray | None = None) -> Annotation:
+    async def annotate(
+        self,
+        task: AnnotationTask,
+        image: ImageArray,
+        mask: ImageArray | None = None,
+        output: MapOutput | None = None,
+    ) -> Annotation:
         assert image.ndim == 3
         assert (mask is not None) == (task.control_type == "inpaint")
         self.annotated.append(task)
-        info = AnnotationInfo(control_type=task.control_type, annotator=task.control_type, params={"low": 100})
+        if self.failure is not None:
+            raise self.failure
+        info = AnnotationInfo(
+            control_type=task.control_type, annotator=task.annotator or task.control_type, params=task.params
+        )
+        if output is not None:
+            self._store(output.key, picture(task.width, task.height, len(self.annotated)), output.base64_text)
         return Annotation(info, np.zeros((task.height, task.width, 3), np.uint8))
 
     async def generate(
@@ -122,15 +137,17 @@ class PaintedBackend:
             raise self.failure
         keys = []
         for index, seed in enumerate(task.seeds):
-            data = picture(task.width, task.height, seed % 256)
             keys.append(f"{ref.name}/{output.file_name(index)}")
-            if output.base64_text:
-                self.objects.put(keys[-1], base64.b64encode(data), "text/plain; charset=us-ascii")
-            else:
-                self.objects.put(keys[-1], data, "image/png")
+            self._store(keys[-1], picture(task.width, task.height, seed % 256), output.base64_text)
         return GenerationResult(
             keys=tuple(keys), model_hash="m", net_hashes=("n",), unet_forwards=1, mean_rows=2, queue_s=0, run_s=0.01
         )
+
+    def _store(self, key: str, data: bytes, base64_text: bool) -> None:
+        if base64_text:
+            self.objects.put(key, base64.b64encode(data), "text/plain; charset=us-ascii")
+        else:
+            self.objects.put(key, data, "image/png")
 
     async def cancel(self, ref: AttemptRef) -> None:
         raise NotImplementedError(f"no test cancels a running attempt: {ref}")
@@ -145,11 +162,14 @@ class PaintedBackend:
             running=0,
             waiting=0,
             max_rows=16,
+            deterministic=False,
             unet_forwards=0,
             unet_rows=0,
             generate_calls=len(self.generated),
         )
-        annotator = AnnotatorStats(replica="a1", node="node-b", pid=2, annotate_calls=len(self.annotated))
+        annotator = AnnotatorStats(
+            replica="a1", node="node-b", pid=2, annotate_calls=len(self.annotated), missing=self.missing
+        )
         return BackendStats(denoisers=(denoiser,) * self.replicas, annotators=(annotator,))
 
     async def capacity(self) -> int:
