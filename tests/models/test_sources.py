@@ -1,40 +1,14 @@
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from serve_app.errors import FamilyMismatch, ModelError, ModelLoadFailed, UnsafeModel
 from serve_app.models.catalog import ModelType
 from serve_app.models.sources import detect_family, family_of, resolve
-
-REVISION = "0123456789abcdef0123456789abcdef01234567"
-
-
-def edit_json(path: Path, **changes: Any) -> None:
-    """Set keys of a JSON file; None removes one."""
-    tree = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in tree.items() if value is not None}))
-
-
-def as_hub_cache(model: Path, folder: Path) -> Path:
-    """Lay ``model`` out as a hub cache does: blobs by hash, and a snapshot of relative links to them."""
-    repository = folder / "models--someone--something"
-    snapshot = repository / "snapshots" / REVISION
-    (repository / "blobs").mkdir(parents=True)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(REVISION)
-    for file in (path for path in model.rglob("*") if path.is_file()):
-        blob = repository / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
-        shutil.copyfile(file, blob)
-        link = snapshot / file.relative_to(model)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        up = "../" * (len(file.relative_to(model).parts) + 1)
-        link.symlink_to(f"{up}blobs/{blob.name}")
-    return repository
+from support.folders import REVISION, as_hub_cache, edit_json
 
 
 def test_a_base_model_is_found(base: Path) -> None:
@@ -131,6 +105,10 @@ def tokenizer_auto_map(model: Path) -> None:
     edit_json(model / "tokenizer" / "tokenizer_config.json", auto_map={"AutoTokenizer": "my.Tokenizer"})
 
 
+def other_file(model: Path) -> None:
+    edit_json(model / "text_encoder" / "config.json", transformers_weights="adapter_model.bin")
+
+
 def custom_class(model: Path) -> None:
     edit_json(model / "model_index.json", unet=["my_unet", "MyUNet"])
 
@@ -170,6 +148,7 @@ def shard_out(model: Path) -> None:
         (code_at_the_top, "pipeline.PY"),
         (auto_map, "text_encoder/config.json: auto_map"),
         (tokenizer_auto_map, "tokenizer_config.json: auto_map"),
+        (other_file, "text_encoder/config.json: transformers_weights makes transformers read another file"),
         (custom_class, "my_unet.MyUNet.*Allowed: diffusers.UNet2DConditionModel"),
         (custom_pipeline, "MyPipeline.*Allowed: .*StableDiffusionPipeline"),
         (unknown_component, "text_encoder_2.*Allowed: unet, vae"),
