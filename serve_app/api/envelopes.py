@@ -60,6 +60,8 @@ class SuccessAnswer(BaseModel):
     """One URL per picture."""
     proxy_links: list[str]
     image_links: list[str]
+    control_maps: list[str] | None = None
+    """With ``return_control_maps: yes``, one URL per ControlNet."""
     meta: dict[str, JsonValue]
     """The request under the vendor's names, with effective values."""
     nsfw_content_detected: bool | None
@@ -85,6 +87,8 @@ class ProcessingAnswer(BaseModel):
     meta: dict[str, JsonValue] | None = None
     future_links: list[str] | None = None
     """The URLs of the pictures once they exist."""
+    future_control_maps: list[str] | None = None
+    """The URLs of the control maps once they exist."""
 
 
 class FailedAnswer(BaseModel):

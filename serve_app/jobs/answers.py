@@ -4,6 +4,7 @@ from pydantic import JsonValue
 
 from serve_app.jobs.job import Job, JobStatus
 from serve_app.jobs.store import Outlook
+from serve_app.tasks import GenerationTask
 
 Body = dict[str, JsonValue]
 
@@ -16,9 +17,13 @@ _CANCELLED = "The job was cancelled."
 
 
 def output_urls(job: Job, public_url: str) -> list[JsonValue]:
-    """The final URLs of a job's pictures, fixed at acceptance."""
-    output = job.spec.output
-    return [f"{public_url}{OUTPUT_PATH}/{output.file_name(n)}" for n in range(job.spec.task.samples)]
+    """The final URLs of what a job makes, fixed at acceptance."""
+    return [f"{public_url}{OUTPUT_PATH}/{name}" for name in job.spec.output_names]
+
+
+def map_urls(job: Job, public_url: str) -> list[JsonValue]:
+    """The final URLs of the control maps that are kept beside a job's pictures."""
+    return [f"{public_url}{OUTPUT_PATH}/{name}" for name in job.spec.map_names]
 
 
 def submit_body(job: Job, public_url: str, outlook: Outlook | None) -> Body:
@@ -46,16 +51,18 @@ def not_found_body() -> Body:
 
 def meta(job: Job) -> Body:
     """The echo of the request, with what is known after the run."""
-    echo: Body = {
-        **job.spec.meta,
+    echo: Body = {**job.spec.meta}
+    task = job.spec.task
+    if isinstance(task, GenerationTask):
         # No safety model is served, whatever was asked for.
-        "safetychecker": "no",
-        "seeds": list(job.spec.task.seeds),
-    }
+        echo |= {"safetychecker": "no", "seeds": list(task.seeds)}
     if job.result is not None:
         echo["annotators"] = [info.model_dump(mode="json") for info in job.result.annotators]
-        echo["model_hash"] = job.result.model_hash
-        echo["controlnet_hashes"] = list(job.result.net_hashes)
+        if job.result.size is not None:
+            echo["W"], echo["H"] = job.result.size
+        if isinstance(task, GenerationTask):
+            echo["model_hash"] = job.result.model_hash
+            echo["controlnet_hashes"] = list(job.result.net_hashes)
     return echo
 
 
@@ -67,6 +74,7 @@ def _ended_body(job: Job, public_url: str) -> Body | None:
 
 def _success_body(job: Job, public_url: str) -> Body:
     urls = output_urls(job, public_url)
+    maps: Body = {"control_maps": map_urls(job, public_url)} if job.spec.map_names else {}
     return {
         "status": "success",
         "generationTime": round(job.result.run_s, 3) if job.result else 0.0,
@@ -74,6 +82,7 @@ def _success_body(job: Job, public_url: str) -> Body:
         "output": urls,
         "proxy_links": urls,
         "image_links": urls,
+        **maps,
         "nsfw_content_detected": None,
         "webhook_status": job.webhook_status,
         "track_id": job.spec.track_id,
@@ -87,6 +96,7 @@ def _failed_body(job: Job) -> Body:
 
 
 def _processing_body(job: Job, public_url: str, outlook: Outlook) -> Body:
+    maps: Body = {"future_control_maps": map_urls(job, public_url)} if job.spec.map_names else {}
     return {
         "status": "processing",
         "tip": _PROCESSING_TIP,
@@ -98,6 +108,7 @@ def _processing_body(job: Job, public_url: str, outlook: Outlook) -> Body:
         "output": [],
         "meta": meta(job),
         "future_links": output_urls(job, public_url),
+        **maps,
     }
 
 

@@ -5,7 +5,7 @@ from enum import StrEnum
 
 from pydantic import JsonValue
 
-from serve_app.tasks import AnnotationInfo, GenerationTask, JsonScalar, OutputOptions, Value
+from serve_app.tasks import AnnotationInfo, GenerationTask, JsonScalar, MapsTask, OutputOptions, Value
 
 
 class JobStatus(StrEnum):
@@ -35,25 +35,44 @@ class JobSpec(Value):
 
     endpoint: str
     """Name of the route, e.g. ``controlnet``."""
-    task: GenerationTask
+    task: GenerationTask | MapsTask
     inputs: tuple[InputRef, ...] = ()
     control_sources: tuple[str, ...] = ()
     """Per control of the task: the input field its map is made from."""
     output: OutputOptions
     meta: Mapping[str, JsonValue]
     """The echo of the request in wire names; facts known only after the run are added by ``jobs.answers``."""
+    return_maps: bool = False
+    """Keep the control maps beside the pictures."""
     temp: bool = False
     webhook: str | None = None
     track_id: JsonScalar = None
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """File names of what the job makes, in order."""
+        count = len(self.task.controls) if isinstance(self.task, MapsTask) else self.task.samples
+        return tuple(map(self.output.file_name, range(count)))
+
+    @property
+    def map_names(self) -> tuple[str, ...]:
+        """File names of the control maps that are kept beside the pictures, one per control."""
+        kept = self.return_maps and isinstance(self.task, GenerationTask)
+        return tuple(map(self.output.map_name, range(len(self.task.controls)))) if kept else ()
 
 
 class JobResult(Value):
     """What a successful job left behind."""
 
     keys: tuple[str, ...]
-    """Object store keys of the pictures, in order."""
+    """Object store keys of the files in ``JobSpec.output_names``, in order; one object may serve several."""
+    map_keys: tuple[str, ...] = ()
+    """The same for ``JobSpec.map_names``."""
+    size: tuple[int, int] | None = None
+    """Width and height, where they followed from the picture."""
     annotators: tuple[AnnotationInfo, ...] = ()
-    model_hash: str
+    model_hash: str | None = None
+    """None where nothing was drawn."""
     net_hashes: tuple[str, ...] = ()
     run_s: float
     """Wall time of the successful attempt, fetching and annotating included."""

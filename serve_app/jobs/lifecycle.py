@@ -12,29 +12,30 @@ import errno
 import hashlib
 import logging
 import time
-import zlib
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from serve_app.annotators import keeps_lines
-from serve_app.backend import Annotation, Backend
+from serve_app.backend import Backend
 from serve_app.config import ImageLimits
 from serve_app.controls import CONTROL_TYPES
 from serve_app.errors import FetchFailed, ImageRejected, JobError, NotFound, RetryableError, WorkerBusy
-from serve_app.images import decode_image, decode_mask, resize_map
+from serve_app.images import decode_image, decode_mask, fitting_size, resize_map
+from serve_app.jobs.gather import gather
 from serve_app.jobs.job import InputRef, Job, JobResult, JobSpec
+from serve_app.jobs.maps import Use, control_uses, make_maps
 from serve_app.jobs.store import JobStore
 from serve_app.keys import Principal
 from serve_app.storage import ObjectStore
-from serve_app.tasks import AnnotationTask, AttemptRef, ImageArray, Mode
+from serve_app.tasks import AttemptRef, GenerationTask, ImageArray, MapsTask, Mode
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
+Size = tuple[int, int]
+"""Width and height in pixels."""
 
 DECODES_AT_ONCE = 2
 """A picture at the pixel limit takes some hundred MB while it is decoded."""
@@ -192,20 +193,26 @@ async def run_attempt(shop: Workshop, job: Job) -> JobResult:
     """
     started = time.monotonic()
     task = job.spec.task
-    loaded = await _gather(_load(shop, job, name, ways) for name, ways in _needed(job.spec).items())
-    pictures = {use: pixels for uses in loaded for use, pixels in uses.items()}
-    maps = await _control_maps(shop.backend, job.spec, pictures)
+    ref = attempt_ref(job)
+    pictures = await _pictures(shop, job)
+    maps = await make_maps(shop.backend, job.spec, ref, pictures)
+    annotators = tuple(annotation.info for annotation in maps.annotations)
+    if isinstance(task, MapsTask):
+        height, width = next(iter(pictures.values())).shape[:2]
+        run_s = time.monotonic() - started
+        return JobResult(keys=maps.keys, size=(width, height), annotators=annotators, run_s=run_s)
     result = await shop.backend.generate(
-        attempt_ref(job),
+        ref,
         task,
         job.spec.output,
         pictures["init_image", False] if task.mode is not Mode.TEXT else None,
         pictures["mask_image", False] if task.mode is Mode.MASKED else None,
-        maps,
+        maps.annotations,
     )
     return JobResult(
         keys=result.keys,
-        annotators=tuple(annotation.info for annotation in maps),
+        map_keys=maps.keys,
+        annotators=annotators,
         model_hash=result.model_hash,
         net_hashes=result.net_hashes,
         run_s=time.monotonic() - started,
@@ -217,16 +224,33 @@ def attempt_ref(job: Job) -> AttemptRef:
     return AttemptRef(job_id=job.id, attempt=job.attempt, alone=job.suspect)
 
 
-_Use = tuple[str, bool]
-"""An input field, and whether its picture is resized as a map of lines."""
+async def _pictures(shop: Workshop, job: Job) -> dict[Use, ImageArray]:
+    """Every picture that the job uses, at the size it works in."""
+    needed = _needed(job.spec)
+    task = job.spec.task
+    pictures: dict[Use, ImageArray] = {}
+    if isinstance(task, MapsTask):  # whose size may follow from the picture
+
+        def own(shape: tuple[int, ...]) -> Size:
+            return fitting_size(shape, task.width, task.height, task.max_width, task.max_height)
+
+        pictures |= await _load(shop, job, "init_image", needed.pop("init_image"), own)
+        height, width = next(iter(pictures.values())).shape[:2]
+    else:
+        width, height = task.width, task.height
+    loaded = await gather(_load(shop, job, name, ways, lambda _: (width, height)) for name, ways in needed.items())
+    for uses in loaded:
+        pictures |= uses
+    return pictures
 
 
 def _needed(spec: JobSpec) -> dict[str, set[bool]]:
     """The input fields that the job uses, each with the ways in which it is resized."""
-    uses = _control_uses(spec)
-    if spec.task.mode is not Mode.TEXT:
+    uses = control_uses(spec)
+    mode = spec.task.mode if isinstance(spec.task, GenerationTask) else Mode.TEXT
+    if mode is not Mode.TEXT:
         uses.append(("init_image", False))
-    if spec.task.mode is Mode.MASKED or any(CONTROL_TYPES[item.control_type].needs_mask for item in spec.task.controls):
+    if mode is Mode.MASKED or any(CONTROL_TYPES[item.control_type].needs_mask for item in spec.task.controls):
         uses.append(("mask_image", False))
     needed: dict[str, set[bool]] = {}
     for name, lines in uses:
@@ -234,25 +258,22 @@ def _needed(spec: JobSpec) -> dict[str, set[bool]]:
     return needed
 
 
-def _control_uses(spec: JobSpec) -> list[_Use]:
-    """What each control looks at."""
-    return [
-        (source, keeps_lines(control.control_type, control.auto_hint))
-        for control, source in zip(spec.task.controls, spec.control_sources, strict=True)
-    ]
+async def _load(
+    shop: Workshop, job: Job, name: str, ways: set[bool], size: Callable[[tuple[int, ...]], Size]
+) -> dict[Use, ImageArray]:
+    """The picture of an input field, once per way of resizing; every trouble names the field.
 
-
-async def _load(shop: Workshop, job: Job, name: str, ways: set[bool]) -> dict[_Use, ImageArray]:
-    """The picture of an input field at the output's size, once per way of resizing; every trouble names the field."""
+    ``size``: shape of the picture -> width and height to bring it to.
+    """
     decode = decode_mask if name == "mask_image" else decode_image
-    width, height = job.spec.task.width, job.spec.task.height
 
-    def fitted(key: str) -> dict[_Use, ImageArray]:
+    def fitted(key: str) -> dict[Use, ImageArray]:
         try:
             data = shop.objects.get(key)
         except KeyError as error:
             raise JobError(f"The stored picture of {name} is missing.") from error
         pixels = decode(data, shop.limits)
+        width, height = size(pixels.shape)
         return {(name, lines): resize_map(pixels, width, height, lines=lines) for lines in ways}
 
     try:
@@ -292,40 +313,3 @@ def _keep(shop: Workshop, job: Job, name: str, data: bytes) -> bool:
     if not kept:
         shop.store.inputs.drop_unclaimed((key,), shop.objects.delete)
     return kept
-
-
-async def _control_maps(backend: Backend, spec: JobSpec, pictures: Mapping[_Use, ImageArray]) -> tuple[Annotation, ...]:
-    """One annotation per control, in order; controls that ask for the same map share it.
-
-    What an annotator draws at random follows from its picture alone: so the k-th picture of a request, made with
-    ``seed + k``, is guided by the same map as the only picture of a request with that seed.
-    """
-    uses = _control_uses(spec)
-    wanted = [
-        (control.control_type, control.auto_hint, use) for control, use in zip(spec.task.controls, uses, strict=True)
-    ]
-
-    def annotate(control_type: str, auto_hint: bool, use: _Use) -> Coroutine[None, None, Annotation]:
-        task = AnnotationTask(
-            control_type=control_type,
-            width=spec.task.width,
-            height=spec.task.height,
-            seed=zlib.crc32(pictures[use].data),
-            auto_hint=auto_hint,
-        )
-        mask = pictures["mask_image", False] if CONTROL_TYPES[control_type].needs_mask else None
-        return backend.annotate(task, pictures[use], mask)
-
-    distinct = tuple(dict.fromkeys(wanted))
-    maps = dict(zip(distinct, await _gather(annotate(*one) for one in distinct), strict=True))
-    return tuple(maps[one] for one in wanted)
-
-
-async def _gather(steps: Iterable[Coroutine[None, None, T]]) -> list[T]:
-    """All at once; the first error ends the others and is raised as it is."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(step) for step in steps]
-    except ExceptionGroup as errors:
-        raise errors.exceptions[0] from errors
-    return [task.result() for task in tasks]

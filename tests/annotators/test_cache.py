@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import sqlalchemy as sa
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve_app.annotators.cache import FOLDER, Caching, MadeMap, MapCache, map_key
@@ -362,6 +362,7 @@ async def test_a_killed_replica_blocks_nobody(database: Database, tmp_path: Path
 SCALARS = st.integers(0, 99) | st.booleans() | st.text(max_size=3)
 
 
+@settings(deadline=None)
 @given(
     params=st.dictionaries(st.sampled_from("abc"), SCALARS, max_size=3),
     other=st.dictionaries(st.sampled_from("abc"), SCALARS, max_size=3),

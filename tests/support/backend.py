@@ -13,6 +13,7 @@ from serve_app.tasks import (
     GenerationResult,
     GenerationTask,
     ImageArray,
+    MapOutput,
     OutputOptions,
 )
 
@@ -38,8 +39,16 @@ class ScriptedBackend:
     most_at_once: int = 0
     _now: int = 0
 
-    async def annotate(self, task: AnnotationTask, image: ImageArray, mask: ImageArray | None = None) -> Annotation:
+    async def annotate(
+        self,
+        task: AnnotationTask,
+        image: ImageArray,
+        mask: ImageArray | None = None,
+        output: MapOutput | None = None,
+    ) -> Annotation:
         self.annotated.append((task, image, mask))
+        if output is not None:
+            await asyncio.to_thread(self.objects.put, output.key, b"map", "image/png")
         info = AnnotationInfo(control_type=task.control_type, annotator="scripted")
         return Annotation(info, f"map {len(self.annotated)}")
 

@@ -19,7 +19,7 @@ from serve_app.images import sniff
 from serve_app.jobs.job import Job, JobStatus
 
 _PREFIX = r"(?P<prefix>[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})"
-_OUTPUT = re.compile(_PREFIX + r"-(?P<index>[0-9])\.png")
+_OUTPUT = re.compile(_PREFIX + r"-(?:control-)?[0-9]{1,3}\.png")
 _INPUT = re.compile(_PREFIX + r"-(?P<field>[a-z_]+(?:\.[0-9]{1,3})?)")
 _RANGE = re.compile(r"bytes=(?P<first>[0-9]{0,18})-(?P<last>[0-9]{0,18})")
 
@@ -35,7 +35,7 @@ FINAL = "public, max-age=86400, immutable"
 
 def file_routes(services: Services) -> Iterator[APIRoute]:
     async def generation(request: Request) -> Response:
-        """A generated picture. 404 with Retry-After until it exists, 410 when it never will or no longer does."""
+        """A picture or a control map: 404 with Retry-After until it exists, 410 when it never will or is gone."""
         return await _generation(request, services)
 
     async def stored_input(request: Request) -> Response:
@@ -52,16 +52,19 @@ def file_routes(services: Services) -> Iterator[APIRoute]:
 
 
 async def _generation(request: Request, services: Services) -> Response:
-    match = _OUTPUT.fullmatch(request.path_params["name"])
+    name = request.path_params["name"]
+    match = _OUTPUT.fullmatch(name)
     job = await asyncio.to_thread(services.jobs.find, match["prefix"]) if match else None
-    if match is None or job is None or int(match["index"]) >= job.spec.task.samples:
+    if job is None or name not in (*job.spec.output_names, *job.spec.map_names):
         return _absent(404, "No such file.")
     if not job.status.ended:
         outlook = await asyncio.to_thread(services.jobs.outlook, job.id)
         return _absent(404, "The file does not exist yet.", {"Retry-After": str(outlook.eta_s)})
     if job.status is not JobStatus.SUCCESS or job.result is None:
         return _absent(410, f"The job has ended without a picture: {job.status.value}.")
-    return await _send(request, services, job.result.keys[int(match["index"])])
+    keys = dict(zip(job.spec.output_names, job.result.keys, strict=True))
+    keys |= zip(job.spec.map_names, job.result.map_keys, strict=True)
+    return await _send(request, services, keys[name])
 
 
 async def _stored_input(request: Request, services: Services) -> Response:
