@@ -34,6 +34,9 @@ class Denoiser:
         """See ``serve_app.backend.Backend.generate``; Ray has turned the references into arrays, read-only views."""
         return await self._generator.generate(ref, task, output, init_image, mask, maps)
 
+    async def progress(self, refs: tuple[AttemptRef, ...]) -> dict[AttemptRef, float]:
+        return self._generator.progress(refs)
+
     async def stats(self) -> DenoiserStats:
         return self._generator.stats()
 

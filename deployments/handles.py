@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ray.exceptions import (
@@ -23,7 +23,7 @@ from serve_app.tasks import AnnotationTask, AttemptRef, GenerationResult, Genera
 
 logger = logging.getLogger(__name__)
 
-STATS_TIMEOUT_S = 2.0
+BROADCAST_TIMEOUT_S = 2.0
 
 NODE_DEATH = "its node has died"
 """Ray tells a lost node from a lost process only in this sentence of its error's text."""
@@ -109,10 +109,19 @@ class RayBackend:
             self._cancelled.add(ref)
             response.cancel()
 
+    async def progress(self, refs: Collection[AttemptRef]) -> Mapping[AttemptRef, float]:
+        running = tuple(ref for ref in refs if ref in self._running)
+        if not running:
+            return {}
+        answers = await asyncio.gather(
+            *(self._broadcast(handle, "progress", running) for handle in self._denoisers.values())
+        )
+        return {ref: share for answer in answers for part in answer for ref, share in part.items()}
+
     async def stats(self) -> BackendStats:
         denoisers, annotators = await asyncio.gather(
-            asyncio.gather(*(self._broadcast_stats(handle) for handle in self._denoisers.values())),
-            self._broadcast_stats(self._annotator),
+            asyncio.gather(*(self._broadcast(handle, "stats") for handle in self._denoisers.values())),
+            self._broadcast(self._annotator, "stats"),
         )
         return BackendStats(
             denoisers=tuple(stats for group in denoisers for stats in group), annotators=tuple(annotators)
@@ -133,10 +142,11 @@ class RayBackend:
             raise translate(error) from error
 
     @staticmethod
-    async def _broadcast_stats(handle: DeploymentHandle) -> list[Any]:
+    async def _broadcast(handle: DeploymentHandle, method: str, *args: object) -> list[Any]:
+        """What every replica answers that does so in time."""
         try:
-            response = handle.broadcast("stats")
-            answers = await response.results_async(timeout_s=STATS_TIMEOUT_S, return_exceptions=True)
+            response = handle.broadcast(method, *args)
+            answers = await response.results_async(timeout_s=BROADCAST_TIMEOUT_S, return_exceptions=True)
         except (TimeoutError, RayError, RayServeException):
             return []
         return [answer for answer in answers if not isinstance(answer, BaseException)]

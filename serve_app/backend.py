@@ -4,7 +4,7 @@
 replicas. Whoever calls a backend sees only the errors of ``serve_app.errors``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -112,6 +112,11 @@ class Backend(Protocol):
 
     async def cancel(self, ref: AttemptRef) -> None:
         """Stop the attempt at its next step boundary. Unknown attempts are ignored."""
+        ...
+
+    async def progress(self, refs: Collection[AttemptRef]) -> Mapping[AttemptRef, float]:
+        """How far those of ``refs`` are that a denoiser runs right now: the share of their evaluations that is done,
+        0 to 1, which never falls. Replicas that do not answer within 2 s are left out."""
         ...
 
     async def stats(self) -> BackendStats:

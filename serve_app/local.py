@@ -6,7 +6,7 @@
 import asyncio
 import os
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -73,6 +73,11 @@ class LocalBackend:
     async def cancel(self, ref: AttemptRef) -> None:
         for generator in self._generators.values():
             await generator.cancel(ref)
+
+    async def progress(self, refs: Collection[AttemptRef]) -> Mapping[AttemptRef, float]:
+        return {
+            ref: share for generator in self._generators.values() for ref, share in generator.progress(refs).items()
+        }
 
     async def stats(self) -> BackendStats:
         here = AnnotatorStats(

@@ -82,6 +82,11 @@ class EngineDriver:
         """Requests handed in that do not hold engine state yet."""
         return self._inbox.qsize() + self._engine.waiting
 
+    @property
+    def progress(self) -> dict[tuple[int, int], float]:
+        """By job id and attempt, how far each running request is, 0 to 1. Costs the engine's thread nothing."""
+        return self._engine.progress
+
     def submit(self, request: GenerationRequest) -> "Future[Drawn]":
         """Hand a request in. The future cannot be cancelled by itself: use ``cancel``.
 

@@ -8,7 +8,7 @@ import asyncio
 import base64
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack
 from typing import Protocol
@@ -126,6 +126,11 @@ class ImageGenerator:
         for cancelled in self._calls.get((ref.job_id, ref.attempt), ()):
             cancelled.set()
         self._driver.cancel(ref)
+
+    def progress(self, refs: Collection[AttemptRef]) -> dict[AttemptRef, float]:
+        """How far those of ``refs`` are that run here; see ``Backend.progress``."""
+        running = self._driver.progress
+        return {ref: running[ref.job_id, ref.attempt] for ref in refs if (ref.job_id, ref.attempt) in running}
 
     def stats(self) -> DenoiserStats:
         return DenoiserStats(

@@ -142,6 +142,8 @@ class Picture:
     """(1, 4, h, w), the final one."""
     pixels: ImageArray | None = None
     """(H, W, 3) uint8."""
+    progress: float = 0.0
+    """Share of its evaluations that are done. Other threads read it."""
 
     def begin(self) -> None:
         """Draw the noise and ask the first question."""
@@ -154,6 +156,9 @@ class Picture:
             self.call = self.sampler.send(prediction)
         except StopIteration as end:
             self.call, self.latent = None, end.value
+            self.progress = 1.0
+        else:
+            self.progress = self.call.progress
 
 
 @dataclass(slots=True, eq=False)
@@ -182,6 +187,11 @@ class RunningRequest:
             said = self.conditioning
             self._conditions[model] = conditions(model, said.text, said.pooled, said.sizes)
         return self._conditions[model]
+
+    @property
+    def progress(self) -> float:
+        """Share of all its evaluations that are done, 0 to 1; decoding counts for nothing."""
+        return sum(picture.progress for picture in self.pictures) / len(self.pictures)
 
     @property
     def done(self) -> bool:

@@ -1,7 +1,8 @@
-"""What Ray raises, as our errors: the table that decides whether a job is retried, and who is blamed."""
+"""RayBackend without Ray: what its errors mean as ours, and what it makes of the answers of many replicas."""
 
 import asyncio
 import logging
+from typing import Any
 
 import pytest
 from ray.exceptions import (
@@ -17,8 +18,10 @@ from ray.exceptions import (
 )
 from ray.serve.exceptions import BackPressureError, RayServeException
 
-from deployments.handles import NODE_DEATH, translate
+from deployments.handles import NODE_DEATH, RayBackend, translate
 from serve_app import errors
+from serve_app.config import AppConfig
+from serve_app.tasks import AttemptRef
 
 
 def wrapped(cause: Exception) -> RayTaskError:
@@ -83,3 +86,35 @@ def test_a_fault_of_ours_fails_the_job_and_is_logged(caplog: pytest.LogCaptureFi
     assert type(translated) is errors.JobError
     assert "secret detail" not in translated.message
     assert "secret detail" in caplog.text
+
+
+class Replicas:
+    """A handle whose replicas answer a broadcast with ``answers``, or not in time."""
+
+    def __init__(self, *answers: object, late: bool = False) -> None:
+        self.answers = answers
+        self.late = late
+        self.asked: list[tuple[object, ...]] = []
+
+    def broadcast(self, *call: object) -> "Replicas":
+        self.asked.append(call)
+        return self
+
+    async def results_async(self, **_: object) -> list[object]:
+        if self.late:
+            raise TimeoutError
+        return list(self.answers)
+
+
+async def test_progress_is_what_every_replica_that_answers_knows() -> None:
+    here, there, unknown = (AttemptRef(job_id=n, attempt=1) for n in range(3))
+    first = Replicas({here: 0.25}, {}, died("gone"))
+    second, late = Replicas({there: 0.5}), Replicas({there: 0.9}, late=True)
+    handles: Any = {"A": first, "B": second, "C": late}
+    backend = RayBackend(AppConfig(), handles["A"], handles)
+    assert await backend.progress([here, there]) == {}
+    assert first.asked == []  # it sent none of them out
+    response: Any = object()
+    backend._running |= {here: response, there: response}
+    assert await backend.progress([here, there, unknown]) == {here: 0.25, there: 0.5}
+    assert first.asked == second.asked == [("progress", (here, there))]

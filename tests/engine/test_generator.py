@@ -187,6 +187,8 @@ async def test_a_net_of_another_family_is_refused(workshop: Workshop) -> None:
 async def test_cancel_stops_a_running_request(workshop: Workshop) -> None:
     long = asyncio.create_task(workshop.generator.generate(REF, task(steps=900), OUTPUT, None, None, ()))
     assert await workshop.soon(lambda: workshop.generator.stats().running == 1)
+    assert await workshop.soon(lambda: workshop.generator.progress([REF, ref(99)]).get(REF, 0) > 0)
+    assert set(workshop.generator.progress([REF, ref(99)])) == {REF}
     await workshop.generator.cancel(ref(99))
     await workshop.generator.cancel(REF)
     with pytest.raises(Cancelled):

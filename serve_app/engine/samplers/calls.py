@@ -23,6 +23,13 @@ class ModelCall:
     """(1, 5, h, w): mask and masked image that an inpaint UNet takes beside the latent."""
     conditional_only: bool = False
     """Ask for the conditional row alone, unguided, whatever the request's guidance: inversions run without it."""
+    done: float | None = None
+    """Share of the sampler's evaluations that came before; None where ``index`` counts them."""
+
+    @property
+    def progress(self) -> float:
+        """Share of the sampler's evaluations that came before, from 0 to below 1."""
+        return self.index / self.of if self.done is None else self.done
 
 
 Sampler = Generator[ModelCall, Tensor, Tensor]

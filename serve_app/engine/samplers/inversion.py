@@ -43,6 +43,8 @@ def inversion(config: Mapping[str, Any], task: GenerationTask, source: Source, s
     if source.mask is not None and source.masked is not None:
         extra = torch.cat([source.mask, draws.latent(source.masked)], dim=1)
 
+    evaluations = len(timesteps) * (_ITERATIONS + 1)
+    done = (asked / evaluations for asked in range(evaluations))
     path = [image]
     """The latent on the way up, below each timestep; at the end the noise itself."""
     for index in reversed(range(len(timesteps))):
@@ -50,7 +52,9 @@ def inversion(config: Mapping[str, Any], task: GenerationTask, source: Source, s
         guess = path[-1]
         for _ in range(_ITERATIONS):
             seen = guess.to(source.dtype)
-            prediction = yield ModelCall(seen, float(timestep), index, len(timesteps), extra, conditional_only=True)
+            prediction = yield ModelCall(
+                seen, float(timestep), index, len(timesteps), extra, conditional_only=True, done=next(done)
+            )
             epsilon = levels.epsilon(prediction.float(), guess, _sigma(levels, timestep))
             guess = upward.step(epsilon, int(timestep), path[-1], return_dict=False)[0]
         path.append(guess)
@@ -58,7 +62,7 @@ def inversion(config: Mapping[str, Any], task: GenerationTask, source: Source, s
     latent = path.pop()
     for index, timestep in enumerate(timesteps):
         seen = latent.to(source.dtype)
-        prediction = yield ModelCall(seen, float(timestep), index, len(timesteps), extra)
+        prediction = yield ModelCall(seen, float(timestep), index, len(timesteps), extra, done=next(done))
         latent = downward.step(prediction.float(), timestep, latent, return_dict=False)[0]
         kept = path.pop()
         if source.mask is not None and extra is None:
