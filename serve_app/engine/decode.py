@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from serve_app.engine.vae import decode_latent
 from serve_app.errors import JobError
 from serve_app.models.components import BaseComponents
 from serve_app.tasks import ImageArray
@@ -17,10 +18,11 @@ def decode(base: BaseComponents, latent: Tensor) -> ImageArray:
     """(1, 4, h, w) latent -> (H, W, 3) uint8.
 
     Raises:
-        JobError: the latent holds NaN or infinity; the picture would be black.
+        JobError: the latent or the picture holds NaN or infinity.
     """
-    if not torch.isfinite(latent).all():
+    pixels = decode_latent(base, latent)
+    # NaN would be stored as a black picture. A VAE in half precision can overflow on a sound latent, too.
+    if not torch.isfinite(pixels).all():
         raise JobError(f"The model {base.id!r} gave numbers that are not finite; try other settings.")
-    pixels = base.vae.decode((latent / base.vae.config.scaling_factor).to(base.dtype), return_dict=False)[0]
     unit = (pixels[0] * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0).float().cpu().numpy()
     return (unit * 255).round().astype(np.uint8)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from serve_app.engine.controlnet import embed_map, union_embedding, union_hint
 from serve_app.engine.prompts import PromptEncoder
 from serve_app.engine.request import Control, GenerationRequest, Hint, Picture, RunningRequest, union_index
 from serve_app.engine.samplers import Source, sampler
+from serve_app.engine.vae import encode_image
 from serve_app.models.components import BaseComponents, NetComponents
 from serve_app.tasks import ControlInput, ControlMap, ImageArray, Mode
 
@@ -36,11 +36,11 @@ def encode_source(request: GenerationRequest) -> Source:
         return Source(shape, base.device, base.dtype, scale)
     picture = Image.fromarray(request.init_image)
     pixels = VaeImageProcessor(vae_scale_factor=base.vae_scale).preprocess(picture, task.height, task.width)
-    image = _encode(base, pixels)
+    image = encode_image(base, pixels)
     if task.mode is Mode.IMAGE or request.mask is None:
         return Source(shape, base.device, base.dtype, scale, image)
     mask = _mask_pixels(base, request.mask, task.height, task.width)
-    masked = _encode(base, pixels * (mask < 0.5)) if request.inpaint_unet else None  # noqa: PLR2004  - one half
+    masked = encode_image(base, pixels * (mask < 0.5)) if request.inpaint_unet else None  # noqa: PLR2004  - one half
     cells = torch.nn.functional.interpolate(mask, size=(height, width)).to(base.device, base.dtype)
     return Source(shape, base.device, base.dtype, scale, image, cells, masked)
 
@@ -51,11 +51,6 @@ def _mask_pixels(base: BaseComponents, mask: ImageArray, height: int, width: int
         vae_scale_factor=base.vae_scale, do_normalize=False, do_binarize=True, do_convert_grayscale=True
     )
     return processor.preprocess(Image.fromarray(mask), height, width)
-
-
-def _encode(base: BaseComponents, pixels: Tensor) -> DiagonalGaussianDistribution:
-    """``pixels``: (1, 3, H, W) in -1..1."""
-    return base.vae.encode(pixels.to(base.device, base.dtype)).latent_dist
 
 
 def prepare(request: GenerationRequest, prompts: PromptEncoder, turn: int) -> RunningRequest:
