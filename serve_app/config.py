@@ -92,7 +92,12 @@ class ImageLimits(Section):
     max_side: Count = 16384
 
 
-class LimitsConfig(Section):
+class SizeLimits(Section):
+    max_width: Annotated[int, Field(ge=64, multiple_of=8)] = 1024
+    max_height: Annotated[int, Field(ge=64, multiple_of=8)] = 1024
+
+
+class LimitsConfig(SizeLimits):
     """What one request and one key may ask for."""
 
     queue_max: Count = 1000
@@ -100,8 +105,8 @@ class LimitsConfig(Section):
     queue_max_per_tenant: Count | None = None
     requests_per_minute: Count | None = None
     """Submits per key; None: no limit."""
-    max_width: Annotated[int, Field(ge=64, multiple_of=8)] = 1024
-    max_height: Annotated[int, Field(ge=64, multiple_of=8)] = 1024
+    families: Mapping[str, SizeLimits] = Field(default_factory=dict)
+    """Sizes of a base family in place of the general ones, e.g. ``sdxl: {max_width: 1536, max_height: 1536}``."""
     max_controls: Count = 8
 
 
@@ -198,6 +203,8 @@ class DenoiserConfig(ReplicaConfig):
 
 class AnnotatorConfig(ReplicaConfig):
     max_ongoing: Count = 4
+    map_store_bytes: Annotated[int, Field(ge=0)] = 1024**3
+    """Control maps of detectors with weights that all replicas together keep in the object store; 0: none."""
     weights_folder: Path | None = None
     """Where the detectors' weights lie, see ``controlnet-serve weights``; None: ``annotators`` in the data folder."""
     device: str = "auto"

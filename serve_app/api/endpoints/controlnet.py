@@ -234,17 +234,21 @@ def _no_net(name: str, base: ModelEntry, catalog: Catalog) -> str:
 
 
 def _nets_of(base: ModelEntry, catalog: Catalog) -> str:
-    names = [name for net in catalog.nets(base.family) for name in (net.control_type, net.id) if name]
+    names = [name for net in catalog.nets(base.family) for name in (*net.control_types, net.id)]
     return ", ".join(dict.fromkeys(names)) or "none is loaded"
 
 
 def _type_of(entry: ModelEntry, index: int, wish: ControlNetRequest, problems: Problems) -> str | None:
-    """The control type of a loaded ControlNet: as sent (parallel to the ids, or one for all), else its own."""
+    """The control type of a loaded ControlNet: as sent (parallel to the ids, or one for all), else its own.
+
+    A ControlNet-Union has no type of its own, and knows some.
+    """
+    union = entry.union_types is not None
     types = wish.controlnet_type
-    if not types and entry.control_type is not None:
+    if not types and entry.control_type is not None and not union:
         types = (entry.control_type,)
     if not types:
-        allowed = ", ".join(CONTROL_TYPES)
+        allowed = ", ".join(entry.control_types if union else CONTROL_TYPES)
         problems.add("controlnet_type", f"The controlnet_type field is required with {entry.id!r}. Allowed: {allowed}.")
         return None
     if len(types) not in {1, len(wish.controlnet_model)}:
@@ -255,7 +259,10 @@ def _type_of(entry: ModelEntry, index: int, wish: ControlNetRequest, problems: P
         )
         return None
     control_type = types[0] if len(types) == 1 else types[index]
-    if problem := control_type_problem(control_type):
+    problem = control_type_problem(control_type)
+    if problem is None and union and control_type not in entry.control_types:
+        problem = f"{entry.id!r} knows no {control_type!r}. Allowed: {', '.join(entry.control_types)}."
+    if problem is not None:
         problems.add("controlnet_type", problem)
         return None
     return control_type

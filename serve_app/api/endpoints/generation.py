@@ -54,7 +54,7 @@ def _integer(value: JsonValue) -> int:
 
 
 Size = Annotated[int, BeforeValidator(_integer)]
-"""Pixels; the bounds are configuration and checked by ``check_common``."""
+"""Pixels; the bounds are the base family's, by configuration, and checked by ``find_base``."""
 
 
 def _upscale(value: JsonValue) -> int:
@@ -75,6 +75,7 @@ class GenerationRequest(WireModel):
     model_id: Name = ""
     """Base model; ``get_all_models`` lists them."""
     prompt: Text = ""
+    """``(words:1.2)`` gives words more weight, from 0 to 5; a backslash before a bracket makes it text."""
     negative_prompt: Text = ""
     width: Size = 512
     """Pixels, a multiple of 8."""
@@ -106,6 +107,7 @@ class GenerationRequest(WireModel):
     embeddings_model: Names = ()
     vae: Name = ""
     clip_skip: Annotated[int, Whole(1, 8)] | None = None
+    """Layers of the text encoder to leave out; at most as many as the model has."""
     upscale: Annotated[int, BeforeValidator(_upscale)] = 1
     base64: Flag = False
     """yes: every URL of the output serves base64 text."""
@@ -126,8 +128,6 @@ class GenerationRequest(WireModel):
 
 def check_common(wish: GenerationRequest, config: AppConfig, problems: Problems) -> None:
     """Everything about the common fields that needs no look into the catalogue."""
-    _check_size("width", wish.width, config.limits.max_width, problems)
-    _check_size("height", wish.height, config.limits.max_height, problems)
     for field, text in (("prompt", wish.prompt), ("negative_prompt", wish.negative_prompt)):
         if len(text) > MAX_PROMPT_CHARS:
             problems.add(field, f"The {field} field must not be longer than {MAX_PROMPT_CHARS} characters.")
@@ -149,15 +149,25 @@ def check_common(wish: GenerationRequest, config: AppConfig, problems: Problems)
             problems.add(field, f"The {field} field is not available yet; leave it out.")
 
 
-def _check_size(field: str, value: int, maximum: int, problems: Problems) -> None:
+def find_base(wish: GenerationRequest, config: AppConfig, catalog: Catalog, problems: Problems) -> ModelEntry | None:
+    """The base model that is asked for; what depends on it is checked too. Blocks on the database."""
+    entry = _find_base(wish, config, catalog, problems)
+    limits = config.limits if entry is None else config.limits.families.get(entry.family, config.limits)
+    _check_number("width", wish.width, Whole(64, limits.max_width, 8), problems)
+    _check_number("height", wish.height, Whole(64, limits.max_height, 8), problems)
+    if entry is not None and wish.clip_skip is not None and entry.max_clip_skip is not None:
+        _check_number("clip_skip", wish.clip_skip, Whole(1, entry.max_clip_skip), problems)
+    return entry
+
+
+def _check_number(field: str, value: int, allowed: Whole, problems: Problems) -> None:
     try:
-        Whole(64, maximum, 8).read(value)
+        allowed.read(value)
     except ValueError as error:
         problems.add(field, f"The {field} field {error}.")
 
 
-def find_base(wish: GenerationRequest, config: AppConfig, catalog: Catalog, problems: Problems) -> ModelEntry | None:
-    """The base model that is asked for. Blocks on the database."""
+def _find_base(wish: GenerationRequest, config: AppConfig, catalog: Catalog, problems: Problems) -> ModelEntry | None:
     if not wish.model_id:
         if "model_id" not in problems:
             problems.missing("model_id")

@@ -21,6 +21,9 @@ class ListedModel(BaseModel):
     """A ControlNet works with base models of its own family only."""
     hash: str
     control_type: str | None
+    """For a ControlNet: the built-in id it answers to; ``union`` for one that knows many types."""
+    control_types: list[str]
+    """For a ControlNet: every control type it can stand for by its built-in id."""
 
 
 class ModelsAnswer(BaseModel):
@@ -36,6 +39,7 @@ def _listed(entry: ModelEntry) -> ListedModel:
         family=entry.family,
         hash=entry.hash,
         control_type=entry.control_type,
+        control_types=list(entry.control_types),
     )
 
 
