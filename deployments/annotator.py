@@ -1,35 +1,37 @@
-"""Annotator replicas: photo in, control map out. CPU work in a thread; the map stays in the object store."""
+"""Annotator replicas: photo in, control map out. The map stays in Ray's object store."""
 
 import asyncio
 
 import ray
 
 from deployments.observability import RayMeter
-from deployments.process import node_name, pid, replica_name
+from deployments.process import node_name, replica_name
 from serve_app.backend import AnnotatorStats
-from serve_app.config import AnnotatorConfig
-from serve_app.tasks import AnnotationInfo, AnnotationTask, ImageArray
+from serve_app.config import AppConfig
+from serve_app.tasks import AnnotationInfo, AnnotationTask, ImageArray, MapOutput
 
 
 class Annotator:
-    def __init__(self, config: AnnotatorConfig) -> None:
+    def __init__(self, config: AppConfig) -> None:
         import cv2
 
-        from serve_app.annotators import annotate
+        from serve_app.annotators.service import open_annotators
+        from serve_app.resources import open_resources
 
-        cv2.setNumThreads(config.threads)
-        self._annotate = annotate
-        self._calls = 0
-        self._meter = RayMeter()
+        # torch, imported with the first detector that needs it, takes its threads from this process's environment.
+        cv2.setNumThreads(config.annotator.threads)
+        resources = open_resources(config)
+        self._service = open_annotators(config, resources.database, resources.objects, RayMeter())
 
     async def annotate(
-        self, task: AnnotationTask, image: ImageArray, mask: ImageArray | None
+        self, task: AnnotationTask, image: ImageArray, mask: ImageArray | None, output: MapOutput | None
     ) -> tuple[AnnotationInfo, list[ray.ObjectRef]]:
         """The map's reference comes in a list: a bare reference would be resolved and sent along."""
-        self._calls += 1
-        control_map, info = await asyncio.to_thread(self._annotate, task, image, mask)
-        self._meter.count("annotations", control_type=task.control_type)
+        control_map, info = await self._service.annotate(task, image, mask, output)
         return info, [ray.put(control_map)]
 
     async def stats(self) -> AnnotatorStats:
-        return AnnotatorStats(replica=replica_name(), node=node_name(), pid=pid(), annotate_calls=self._calls)
+        return await asyncio.to_thread(self._service.stats, replica_name(), node_name())
+
+    async def __del__(self) -> None:
+        await self._service.close()

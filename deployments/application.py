@@ -19,14 +19,22 @@ from serve_app.config import AppConfig, ReplicaConfig
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
 
+QUEUED_PER_PLACE = 16
+"""Calls that wait at one dispatcher for each call that an annotator replica takes at once. What exceeds it is refused:
+its job goes back to the queue, uncharged, and lets jobs that need no annotator have its place."""
+
 HEALTH = {"health_check_period_s": 2.0, "health_check_timeout_s": 30.0}
 
 
 def build(config: AppConfig) -> Application:
     """Bind the application. May run in a Ray task and again at every deploy, so it only binds."""
     annotator = serve.deployment(
-        Annotator, name="Annotator", max_ongoing_requests=config.annotator.max_ongoing, **_options(config.annotator)
-    ).bind(config.annotator)
+        Annotator,
+        name="Annotator",
+        max_ongoing_requests=config.annotator.max_ongoing,
+        max_queued_requests=QUEUED_PER_PLACE * config.annotator.max_ongoing,
+        **_options(config.annotator),
+    ).bind(config)
     denoisers = {
         own.name: serve.deployment(
             Denoiser,

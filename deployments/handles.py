@@ -19,7 +19,15 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from serve_app import errors
 from serve_app.backend import Annotation, BackendStats
 from serve_app.config import AppConfig
-from serve_app.tasks import AnnotationTask, AttemptRef, GenerationResult, GenerationTask, ImageArray, OutputOptions
+from serve_app.tasks import (
+    AnnotationTask,
+    AttemptRef,
+    GenerationResult,
+    GenerationTask,
+    ImageArray,
+    MapOutput,
+    OutputOptions,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -73,9 +81,15 @@ class RayBackend:
         self._running: dict[AttemptRef, DeploymentResponse] = {}
         self._cancelled: set[AttemptRef] = set()
 
-    async def annotate(self, task: AnnotationTask, image: ImageArray, mask: ImageArray | None = None) -> Annotation:
+    async def annotate(
+        self,
+        task: AnnotationTask,
+        image: ImageArray,
+        mask: ImageArray | None = None,
+        output: MapOutput | None = None,
+    ) -> Annotation:
         # The map itself stays in the object store of the annotator's node: only its reference comes back.
-        info, (reference,) = await self._await(self._annotator.annotate.remote(task, image, mask))
+        info, (reference,) = await self._await(self._annotator.annotate.remote(task, image, mask, output))
         return Annotation(info, reference)
 
     async def generate(

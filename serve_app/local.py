@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from fastapi import FastAPI
 
-from serve_app.annotators import annotate
+from serve_app.annotators.service import AnnotatorService, open_annotators
 from serve_app.api.application import build_application
 from serve_app.api.services import Services
-from serve_app.backend import Annotation, AnnotatorStats, Backend, BackendStats
+from serve_app.backend import Annotation, Backend, BackendStats
 from serve_app.config import AppConfig
 from serve_app.engine.generator import ImageGenerator
 from serve_app.fetching import GuardedClient
@@ -34,6 +34,7 @@ from serve_app.tasks import (
     GenerationResult,
     GenerationTask,
     ImageArray,
+    MapOutput,
     OutputOptions,
 )
 
@@ -41,20 +42,26 @@ from serve_app.tasks import (
 class LocalBackend:
     """See ``serve_app.backend.Backend`` for the contract of each method."""
 
-    def __init__(self, config: AppConfig, catalog: Catalog, objects: ObjectStore, meter: Meter) -> None:
+    def __init__(
+        self, config: AppConfig, catalog: Catalog, objects: ObjectStore, annotators: AnnotatorService, meter: Meter
+    ) -> None:
+        """``annotators`` is closed with this backend."""
         self._config = config
-        self._meter = meter
-        self._annotate_calls = 0
+        self._annotators = annotators
         self._caches = {own.name: open_cache(own, catalog) for own in config.denoisers}
         self._generators = {
             own.name: ImageGenerator(own, self._caches[own.name], objects, meter, own.name, socket.gethostname())
             for own in config.denoisers
         }
 
-    async def annotate(self, task: AnnotationTask, image: ImageArray, mask: ImageArray | None = None) -> Annotation:
-        self._annotate_calls += 1
-        control_map, info = await asyncio.to_thread(annotate, task, image, mask)
-        self._meter.count("annotations", control_type=task.control_type)
+    async def annotate(
+        self,
+        task: AnnotationTask,
+        image: ImageArray,
+        mask: ImageArray | None = None,
+        output: MapOutput | None = None,
+    ) -> Annotation:
+        control_map, info = await self._annotators.annotate(task, image, mask, output)
         return Annotation(info, control_map)
 
     async def generate(
@@ -80,9 +87,7 @@ class LocalBackend:
         }
 
     async def stats(self) -> BackendStats:
-        here = AnnotatorStats(
-            replica="local", node=socket.gethostname(), pid=os.getpid(), annotate_calls=self._annotate_calls
-        )
+        here = await asyncio.to_thread(self._annotators.stats, "local", socket.gethostname())
         return BackendStats(
             denoisers=tuple(generator.stats() for generator in self._generators.values()), annotators=(here,)
         )
@@ -95,6 +100,7 @@ class LocalBackend:
             await generator.close()
         for cache in self._caches.values():
             cache.close()
+        await self._annotators.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +124,10 @@ async def local_server(
     meter = meter or PrometheusMeter()
     resources = await asyncio.to_thread(open_resources, config)
     await asyncio.to_thread(publish_all, config, resources.catalog)
-    own = LocalBackend(config, resources.catalog, resources.objects, meter) if not backend else None
+    own = None
+    if backend is None:
+        annotators = open_annotators(config, resources.database, resources.objects, meter)
+        own = LocalBackend(config, resources.catalog, resources.objects, annotators, meter)
     used: Backend = backend or own  # type: ignore[assignment]  # one of the two is there
     client = GuardedClient(config.fetch)
     dispatcher = Dispatcher(config, resources.jobs, resources.objects, used, client, meter, f"local-{os.getpid()}")

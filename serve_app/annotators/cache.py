@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final
@@ -70,7 +70,7 @@ Make = Callable[[], Awaitable[MadeMap]]
 def map_key(
     task: AnnotationTask,
     annotator: str,
-    params: dict[str, JsonScalar],
+    params: Mapping[str, JsonScalar],
     identity: str,
     image: ImageArray,
     mask: ImageArray | None,

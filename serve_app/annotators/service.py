@@ -1,0 +1,198 @@
+"""AnnotatorService: what an annotator replica holds. Loaded detectors, the cache of maps, and where maps are stored.
+
+Threads: annotators without weights run in the event loop's own pool, for milliseconds. Those with networks run one at
+a time, because each takes all the threads that torch may use in this process (``AnnotatorConfig.threads``), or the GPU;
+more at once would only wait for each other and take the memory of all.
+"""
+
+import asyncio
+import base64
+import errno
+import hashlib
+import json
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from serve_app.annotators import ANNOTATORS, Missing, annotate, chosen_annotator, readiness
+from serve_app.annotators.cache import Caching, MadeMap, MapCache, map_key
+from serve_app.annotators.detectors import DetectorHost
+from serve_app.annotators.map_index import MapIndex
+from serve_app.annotators.weights import NETWORKS, WeightStore
+from serve_app.backend import AnnotatorStats
+from serve_app.config import AnnotatorConfig, AppConfig
+from serve_app.database import Database
+from serve_app.errors import JobError, RetryableError
+from serve_app.images import Pixels, encode_png
+from serve_app.metrics import Meter
+from serve_app.storage import ObjectStore
+from serve_app.tasks import AnnotationInfo, AnnotationTask, ControlMap, ImageArray, MapOutput
+
+MEMORY_BYTES: Final = 64 * 1024**2
+"""Control maps kept in the memory of one replica: 80 of 512 x 512."""
+
+_UNCACHED: Final = frozenset({"tile", "inpaint", "invert"})
+"""At most 1 ms, or, for inpaint, a map that no picture file can hold."""
+
+_DECIDING_PACKAGES: Final = ("controlnet-aux", "mediapipe", "opencv-python-headless", "timm", "torch", "transformers")
+_FileState = tuple[str, int, int, int]
+"""Path, size in bytes, time of the last change, inode."""
+
+_DISK_FULL: Final = {errno.ENOSPC, errno.EDQUOT}
+
+
+def open_annotators(config: AppConfig, database: Database, objects: ObjectStore, meter: Meter) -> "AnnotatorService":
+    """The service of this process as configured. Nothing is loaded before it is used."""
+    return AnnotatorService(config.annotator, WeightStore(config.annotator_weights), database, objects, meter)
+
+
+class AnnotatorService:
+    """One per process; ``annotate`` belongs to one event loop. See ``serve_app.backend.Backend.annotate``."""
+
+    def __init__(
+        self, config: AnnotatorConfig, weights: WeightStore, database: Database, objects: ObjectStore, meter: Meter
+    ) -> None:
+        self._host = DetectorHost(weights, config.device, config.detector_memory_bytes)
+        self._objects = objects
+        self._meter = meter
+        self._cache = MapCache(
+            MapIndex(database),
+            objects,
+            meter,
+            memory_bytes=MEMORY_BYTES,
+            shared_bytes=config.map_store_bytes,
+        )
+        self._networks = ThreadPoolExecutor(1, thread_name_prefix="detector")
+        self._identities: dict[str, tuple[list[_FileState], str]] = {}
+        self.calls = 0
+        """Maps handed out."""
+        self.runs = 0
+        """Maps really made."""
+
+    async def annotate(
+        self, task: AnnotationTask, image: ImageArray, mask: ImageArray | None, output: MapOutput | None
+    ) -> tuple[ControlMap, AnnotationInfo]:
+        """The map, read-only, and what is known of it."""
+        made = await self._map(task, image, mask)
+        if output is not None:
+            storing = asyncio.ensure_future(asyncio.to_thread(self._store, output, made))
+            try:
+                await asyncio.shield(storing)
+            except asyncio.CancelledError:
+                await asyncio.wait([storing])  # whoever cancels deletes the attempt's files: none may appear later
+                raise
+        self.calls += 1
+        self._meter.count("annotations", control_type=task.control_type)
+        return made.pixels, made.info
+
+    def stats(self, replica: str, node: str) -> AnnotatorStats:
+        """A snapshot under these names. Looks which weights are there: call it in a thread."""
+        found = readiness(self._host.store)
+        return AnnotatorStats(
+            replica=replica,
+            node=node,
+            pid=os.getpid(),
+            annotate_calls=self.calls,
+            annotator_runs=self.runs,
+            missing={name: state.reason for name, state in found.items() if isinstance(state, Missing)},
+        )
+
+    async def close(self) -> None:
+        await self._cache.close()
+        await asyncio.to_thread(self._networks.shutdown)
+
+    async def _map(self, task: AnnotationTask, image: ImageArray, mask: ImageArray | None) -> MadeMap:
+        name = chosen_annotator(task.control_type, task.annotator, task.auto_hint)
+        networks = ANNOTATORS[name].networks if name is not None else ()
+
+        async def make() -> MadeMap:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._networks if networks else None, self._make, task, image, mask)
+
+        if name is None or name in _UNCACHED:
+            return await self._cache.get("", Caching.NONE, make)
+        params = ANNOTATORS[name].read(task.params)
+        identity = await asyncio.to_thread(self._identity, name)
+        if identity is None:
+            return await self._cache.get("", Caching.NONE, make)
+        key = await asyncio.to_thread(map_key, task, name, params, identity, image, mask)
+        return await self._cache.get(key, Caching.SHARED if networks else Caching.MEMORY, make)
+
+    def _make(self, task: AnnotationTask, image: ImageArray, mask: ImageArray | None) -> MadeMap:
+        started = time.monotonic()
+        pixels, info = annotate(task, image, mask, self._host)
+        self.runs += 1
+        self._meter.count("annotator_runs", annotator=info.annotator)
+        self._meter.observe("annotator_seconds", time.monotonic() - started, annotator=info.annotator)
+        return MadeMap(pixels, info)
+
+    def _identity(self, name: str) -> str | None:
+        """A hash of the annotator's code and weights: what its maps follow from beside the request.
+
+        None when the files of the weights are not those that were hashed first: what is loaded may be either, until
+        the replica is started again.
+
+        Raises:
+            AnnotatorUnavailable: weights are missing.
+        """
+        paths = [path for network in ANNOTATORS[name].networks for path in self._files(network)]
+        state = [(str(path), (stat := path.stat()).st_size, stat.st_mtime_ns, stat.st_ino) for path in paths]
+        if name not in self._identities:
+            parts = [_code_digest(), *map(_file_digest, paths)]
+            self._identities[name] = (state, hashlib.sha256(json.dumps(parts).encode()).hexdigest())
+        first, digest = self._identities[name]
+        return digest if first == state else None
+
+    def _files(self, network: str) -> list[Path]:
+        path = self._host.store.require(network)
+        row = self._host.store.row(NETWORKS[network].weights)
+        return [path, *(path.parent / other for other in row.beside)]
+
+    def _store(self, output: MapOutput, made: MadeMap) -> None:
+        """Raises JobError: the disk is full; RetryableError: the store cannot be used."""
+        png = made.png or encode_png(_shown(made.pixels))
+        try:
+            if output.base64_text:
+                self._objects.put(output.key, base64.b64encode(png), "text/plain")
+            else:
+                self._objects.put(output.key, png, "image/png")
+        except OSError as error:
+            if error.errno in _DISK_FULL:
+                raise JobError("The server has no space left to store the control map.") from error
+            raise RetryableError(f"The control map could not be stored: {error}") from error
+
+
+def _shown(control_map: ControlMap) -> Pixels:
+    """A map as a picture can hold it: of the inpaint net's float maps, masked pixels are black."""
+    if control_map.dtype == np.uint8:
+        return control_map
+    return np.rint(control_map.clip(0, 1) * 255).astype(np.uint8)
+
+
+@cache
+def _code_digest() -> str:
+    """A hash of this package's source files and of the versions of the packages that annotators compute with."""
+    code = hashlib.sha256()
+    for file in sorted(files("serve_app.annotators").iterdir(), key=lambda one: one.name):
+        if file.name.endswith(".py"):
+            code.update(file.read_bytes())
+    versions = []
+    for package in _DECIDING_PACKAGES:
+        try:
+            versions.append(f"{package}=={version(package)}")
+        except PackageNotFoundError:
+            versions.append(f"{package} absent")
+    code.update(json.dumps(versions).encode())
+    return code.hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
