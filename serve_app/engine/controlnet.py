@@ -16,8 +16,11 @@ def embed_map(drawn: ControlMap, net: NetComponents) -> Tensor:
     """A control map (H, W, 3), through the net's own embedding: (1, c, h, w).
 
     uint8 maps become 0..1; float32 maps are taken as they are, for they may hold -1 (the inpaint net's 'masked').
+    Union nets were trained with black there: https://github.com/xinsir6/ControlNetPlus, promax, inpainting.
     """
     values = drawn.astype(np.float32) / 255.0 if drawn.dtype == np.uint8 else drawn
+    if net.union:
+        values = values.clip(min=0)
     pixels = torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))[None]
     if net.net.config.controlnet_conditioning_channel_order == "bgr":
         pixels = pixels.flip(1)

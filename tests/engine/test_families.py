@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from diffusers.utils import logging as diffusers_logging
 
 from serve_app.engine.request import GenerationRequest
@@ -13,7 +15,7 @@ from serve_app.errors import JobError
 from serve_app.schedulers import SCHEDULERS
 from serve_app.tasks import ControlInput, GenerationTask, Mode
 from support.reference import reference
-from support.tiny import Zoo, controls, drawn_alone, latents, relative_error, request, run, task, tiny_engine
+from support.tiny import Zoo, controls, drawn_alone, latents, picture, relative_error, request, run, task, tiny_engine
 
 TOLERANCE = 1e-4
 MODES = tuple(Mode)
@@ -192,3 +194,13 @@ def test_a_type_that_the_union_net_does_not_know_is_refused(zoo: Zoo) -> None:
         request(zoo, of("xl", controls=union("shuffle")))
     with pytest.raises(JobError, match="tile"):
         request(zoo, of("xl", controls=union("tile", net="xl-union")))
+
+
+def test_what_is_masked_is_black_to_a_union_net(zoo: Zoo) -> None:
+    """Annotators mark it by -1, as the inpaint net of SD 1.5 wants it."""
+    wanted = of("xl", Mode.MASKED, controls=union("inpaint"))
+    marked = picture(64, 64, seed=3).astype(np.float32) / 255
+    marked[16:48, 16:48] = -1
+    black = marked.clip(min=0)
+    ours, expected = (latents(drawn_alone(request(zoo, wanted, maps=[drawn]))) for drawn in (marked, black))
+    assert torch.equal(ours, expected)
