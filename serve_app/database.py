@@ -57,6 +57,7 @@ jobs = sa.Table(
     sa.Column("suspect", sa.Boolean, nullable=False),  # was on a worker that died: runs alone next
     sa.Column("dispatcher", sa.String(64)),  # who holds the lease
     sa.Column("lease_until", sa.Double),
+    sa.Column("progress", sa.Double),  # of this attempt, 0 to 1, as of the last renewal
     sa.Column("cancel_requested", sa.Boolean, nullable=False),
     sa.Column("result", sa.Text),  # JobResult as JSON
     sa.Column("error", sa.Text),

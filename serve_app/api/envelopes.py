@@ -78,6 +78,8 @@ class ProcessingAnswer(BaseModel):
     eta: int
     """Estimated seconds to the end, at least 1."""
     queue_position: int | None = None
+    progress: float | None = None
+    """0 to 1: the share of the model evaluations that was done a few seconds ago."""
     message: str
     messege: str
     fetch_result: str | None = None

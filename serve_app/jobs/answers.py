@@ -121,6 +121,7 @@ def _pending_body(job: Job, outlook: Outlook) -> Body:
         "id": job.id,
         "eta": outlook.eta_s,
         "queue_position": outlook.position,
+        "progress": round(job.progress or 0.0, 3),
     }
 
 

@@ -18,7 +18,7 @@ from serve_app.database import OUTAGES
 from serve_app.errors import ServeError
 from serve_app.jobs.driver import Driver, Interruption, Running
 from serve_app.jobs.expressions import AttemptKey
-from serve_app.jobs.lifecycle import Fetcher, Workshop
+from serve_app.jobs.lifecycle import Fetcher, Workshop, attempt_ref
 from serve_app.jobs.outbox import Outbox
 from serve_app.jobs.retries import ATTEMPTS_BOUND
 from serve_app.jobs.store import Holding, JobStore
@@ -205,7 +205,18 @@ class Dispatcher:
     async def _renew(self) -> None:
         if self._attempts:
             held = dict(self._attempts)
-            self._heed(held, await self._threads.run(self._store.renew, tuple(held), self._config.lease_s))
+            progress = await self._observe(held)
+            self._heed(held, await self._threads.run(self._store.renew, tuple(held), self._config.lease_s, progress))
+
+    async def _observe(self, held: Mapping[AttemptKey, _Attempt]) -> dict[AttemptKey, float]:
+        """How far the attempts are. No news for whom nothing is heard of at once: leases do not wait for a backend."""
+        refs = [attempt_ref(attempt.running.job) for attempt in held.values()]
+        try:
+            async with asyncio.timeout(self._config.lease_s / 20):
+                told = await self._backend.progress(refs)
+        except (ServeError, TimeoutError):
+            return {}
+        return {(ref.job_id, ref.attempt): share for ref, share in told.items()}
 
     @staticmethod
     def _heed(held: Mapping[AttemptKey, _Attempt], holding: Holding) -> None:

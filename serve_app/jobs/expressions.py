@@ -1,5 +1,7 @@
 """SQL expressions on the jobs table that have a meaning of their own."""
 
+from collections.abc import Mapping
+
 import sqlalchemy as sa
 
 from serve_app.database import jobs
@@ -17,6 +19,18 @@ def held_by(*attempts: AttemptKey) -> sa.ColumnElement[bool]:
     """Jobs that these attempts still hold: the fence before every write."""
     pairs = sa.tuple_(jobs.c.id, jobs.c.attempt).in_(attempts)
     return sa.and_(jobs.c.id.in_([job_id for job_id, _ in attempts]), pairs, jobs.c.status == JobStatus.PROCESSING)
+
+
+def known_progress(progress: Mapping[AttemptKey, float]) -> sa.ColumnElement[float | None]:
+    """The progress of each of these attempts in its own row; other rows keep theirs."""
+    if not progress:
+        return jobs.c.progress
+    # Named by its attempt too: of one job an old attempt may be reported beside the one that holds it now.
+    rows = [
+        (sa.and_(jobs.c.id == job_id, jobs.c.attempt == attempt), share)
+        for (job_id, attempt), share in progress.items()
+    ]
+    return sa.case(*rows, else_=jobs.c.progress)
 
 
 def mean_run_s() -> sa.ScalarSelect[float | None]:

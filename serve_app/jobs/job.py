@@ -92,6 +92,8 @@ class Job(Value):
     attempt: int = 0
     charged: int = 0
     suspect: bool = False
+    progress: float | None = None
+    """Of the attempt that runs: the share of its model evaluations that was done when its lease was last renewed."""
     cancel_requested: bool = False
     result: JobResult | None = None
     error: str | None = None

@@ -9,6 +9,7 @@ import math
 import secrets
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final
 
 import sqlalchemy as sa
@@ -16,7 +17,7 @@ import sqlalchemy as sa
 from serve_app.config import LimitsConfig
 from serve_app.database import Database, jobs
 from serve_app.errors import QueueFull
-from serve_app.jobs.expressions import ENDED, AttemptKey, held_by, mean_run_s, waiting_line
+from serve_app.jobs.expressions import ENDED, AttemptKey, held_by, known_progress, mean_run_s, waiting_line
 from serve_app.jobs.inputs import JobInputs
 from serve_app.jobs.job import Job, JobResult, JobSpec, JobStatus
 from serve_app.jobs.pictures import JobPictures
@@ -24,6 +25,7 @@ from serve_app.jobs.records import UNREADABLE, is_readable, read_job
 from serve_app.keys import Principal
 
 WEBHOOK_PENDING: Final = "pending"
+NO_PROGRESS: Final[Mapping[AttemptKey, float]] = MappingProxyType({})
 
 _ID_MIN: Final = 2**40
 _ID_MAX: Final = 2**53  # JavaScript keeps 53 bits exactly
@@ -221,12 +223,14 @@ class JobStore:
                 connection.execute(sa.update(jobs).where(jobs.c.id.in_(unreadable)).values(self._given_up(UNREADABLE)))
         return tuple(claimed[job_id] for job_id in chosen if job_id in claimed)
 
-    def renew(self, held: Collection[AttemptKey], lease_s: float) -> Holding:
-        """Prolong the leases of ``held``."""
+    def renew(
+        self, held: Collection[AttemptKey], lease_s: float, progress: Mapping[AttemptKey, float] = NO_PROGRESS
+    ) -> Holding:
+        """Prolong the leases of ``held``, and write how far they are where that is known: one statement for all."""
         renewed = (
             sa.update(jobs)
             .where(held_by(*held))
-            .values(lease_until=self._database.now_sql() + lease_s)
+            .values(lease_until=self._database.now_sql() + lease_s, progress=known_progress(progress))
             .returning(jobs.c.id, jobs.c.attempt, jobs.c.cancel_requested)
         )
         with self._database.transaction() as connection:
@@ -372,6 +376,7 @@ class JobStore:
             "finished_at": sa.case((jobs.c.cancel_requested, self._database.now_sql())),
             "dispatcher": None,
             "lease_until": None,
+            "progress": None,
         }
 
 

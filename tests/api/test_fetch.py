@@ -1,5 +1,6 @@
 """``fetch`` and jobs by name: who may see what, and the states."""
 
+import asyncio
 from typing import Any
 
 from serve_app.api.envelopes import FailedAnswer, ProcessingAnswer, SuccessAnswer
@@ -68,6 +69,7 @@ async def test_a_waiting_job_tells_its_place(open_server: Open) -> None:
             assert answer["message"] == answer["messege"]
             assert isinstance(answer["eta"], int)
         assert (running["queue_position"], waiting["queue_position"]) == (0, 1)
+        assert waiting["progress"] == 0.0
 
         cancelled = (
             await server.http.delete(f"{API}/jobs/{second}", headers={"Authorization": f"Bearer {KEY}"})
@@ -76,6 +78,23 @@ async def test_a_waiting_job_tells_its_place(open_server: Open) -> None:
         assert (await server.post("fetch", {"key": KEY, "request_id": second}))["status"] == "failed"
         again = (await server.http.delete(f"{API}/jobs/{second}", headers={"Authorization": f"Bearer {KEY}"})).json()
         assert again["message"] == "The job had already ended."
+
+
+async def test_a_running_job_tells_its_progress(open_server: Open) -> None:
+    async with open_server(dispatcher={"lease_s": 0.6}) as server:
+        server.backend.gate.clear()
+        job_id = await submitted(server)
+        headers = {"Authorization": f"Bearer {KEY}"}
+        for _ in range(500):
+            running = await server.post("fetch", {"key": KEY, "request_id": job_id})
+            if running["progress"]:
+                break
+            await asyncio.sleep(0.01)
+        assert (running["status"], running["progress"]) == ("processing", 0.25)
+        assert (await server.http.get(f"{API}/jobs/{job_id}", headers=headers)).json()["job"]["progress"] == 0.25
+        server.backend.gate.set()
+        await server.status(job_id, "success")
+        assert (await server.http.get(f"{API}/jobs/{job_id}", headers=headers)).json()["job"]["progress"] == 1.0
 
 
 async def test_jobs_are_listed_page_by_page(server: Server) -> None:

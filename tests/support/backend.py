@@ -1,7 +1,7 @@
 """A Backend that follows a script: what each attempt at a job does, in order."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from serve_app.backend import Annotation, BackendStats
@@ -37,6 +37,10 @@ class ScriptedBackend:
     annotated: list[tuple[AnnotationTask, ImageArray, ImageArray | None]] = field(default_factory=list)
     drawn_with: list[tuple[ImageArray | None, ImageArray | None, tuple[object, ...]]] = field(default_factory=list)
     most_at_once: int = 0
+    shares: list[float] = field(default_factory=list)
+    """What each attempt is said to have done when asked, by its number; none when the list is too short."""
+    mute: bool = False
+    """Never answer when asked for progress."""
     _now: int = 0
 
     async def annotate(
@@ -83,6 +87,11 @@ class ScriptedBackend:
 
     async def cancel(self, ref: AttemptRef) -> None:
         self.cancelled.append(ref)
+
+    async def progress(self, refs: Collection[AttemptRef]) -> Mapping[AttemptRef, float]:
+        if self.mute:
+            await asyncio.Event().wait()
+        return {ref: self.shares[ref.attempt - 1] for ref in refs if ref.attempt <= len(self.shares)}
 
     async def stats(self) -> BackendStats:
         return BackendStats()

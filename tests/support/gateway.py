@@ -7,7 +7,7 @@ in success with a file.
 import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -151,6 +151,9 @@ class PaintedBackend:
 
     async def cancel(self, ref: AttemptRef) -> None:
         raise NotImplementedError(f"no test cancels a running attempt: {ref}")
+
+    async def progress(self, refs: Collection[AttemptRef]) -> Mapping[AttemptRef, float]:
+        return dict.fromkeys(refs, 0.25)
 
     async def stats(self) -> BackendStats:
         denoiser = DenoiserStats(

@@ -28,6 +28,8 @@ class JobState(BaseModel):
     """From 1; 0 when the job runs or has ended."""
     eta: int | None
     """Estimated seconds to the end; null when it has ended."""
+    progress: float
+    """0 to 1: the share of the model evaluations that was done a few seconds ago, 1 after success."""
     cancel_requested: bool
     error: str | None
 
@@ -123,6 +125,7 @@ async def _state(call: Call, job: Job) -> JobState:
         finished_at=job.finished_at,
         queue_position=outlook.position if outlook else 0,
         eta=outlook.eta_s if outlook else None,
+        progress=1.0 if job.status is JobStatus.SUCCESS else round(job.progress or 0.0, 3),
         cancel_requested=job.cancel_requested,
         error=job.error,
     )
