@@ -82,10 +82,11 @@ class Budget:
     def pinned_rows(self, height: int, width: int) -> int | None:
         """In the deterministic mode the rows of every forward of this size, whatever the load; else None.
 
-        A row's bits depend on the number of rows beside it. Many rows waste work while few requests run, few rows
-        waste overhead while many do. Unless the configuration says how many, it is the power of two whose cells cost
-        as much as the forward's overhead, 2 at least: a request alone takes twice as long at most, and of a full
-        forward half is work.
+        A row's bits depend on the number of rows beside it. Unless the configuration gives a number, it is the power
+        of two whose cells cost as much as the forward's overhead, and 2 at least. With ``o`` for the overhead and ``a``
+        for a row, ``b`` rows make a guided request alone ``(o + b a) / (o + 2 a)`` times as long and a row under load
+        ``1 + o / (b a)`` times as dear as its work; the product of both is least at ``b a = o``. So a request alone
+        takes twice as long at most, and half of a full forward is work.
         """
         if self.deterministic is False:
             return None
