@@ -166,7 +166,7 @@ def test_without_room_for_keys_and_values_they_are_computed_in_every_forward(mon
     unet = filled(UNet2DConditionModel(**SMALL), 1)
     given = rows(4)
     kept = parts(unet, given)
-    monkeypatch.setattr("serve_app.engine.conditions._KEPT_BYTES", 0)
+    monkeypatch.setattr("serve_app.engine.conditions.KEPT_BYTES", 0)
     computed = parts(unet, given)
     assert all(part.conditions.places for part in kept)
     assert not any(part.conditions.places for part in computed)

@@ -83,7 +83,7 @@ def test_kept_keys_and_values_are_those_of_every_forward(zoo: Zoo, monkeypatch: 
     """Bit-equal alone, where the projections have the same rows; else the last bit depends on their number."""
     alone, crowd = task(controls=controls("canny")), task(guidance_scale=1.0, controls=controls("canny", "depth"))
     kept, among = predict(seats(zoo, alone), no_beat).guided, predict(seats(zoo, alone, crowd), no_beat).guided
-    monkeypatch.setattr("serve_app.engine.conditions._KEPT_BYTES", 0)
+    monkeypatch.setattr("serve_app.engine.conditions.KEPT_BYTES", 0)
     assert torch.equal(kept[0], predict(seats(zoo, alone), no_beat).guided[0])
     for mine, other in zip(among, predict(seats(zoo, alone, crowd), no_beat).guided, strict=True):
         same(mine, other)
@@ -104,7 +104,7 @@ def test_keys_and_values_die_with_their_request(zoo: Zoo) -> None:
 @torch.inference_mode()
 def test_a_long_prompt_keeps_no_more_than_it_may(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
     (width,) = {seat.running.conditions(zoo.base.unet).states.shape[-1] for seat in seats(zoo, task())}
-    monkeypatch.setattr("serve_app.engine.conditions._KEPT_BYTES", 2 * 77 * width * 4)
+    monkeypatch.setattr("serve_app.engine.conditions.KEPT_BYTES", 2 * 77 * width * 4)
     (short, long) = seats(zoo, task(prompt="a " * 100), task(prompt="a " * 200))
     assert short.running.conditions(zoo.base.unet).states.shape == (2, 2 * 77, width)
     assert not long.running.conditions(zoo.base.unet).places
