@@ -14,9 +14,9 @@ from serve_app.errors import JobError
 from serve_app.models.components import BaseComponents
 
 _CACHE_BYTES = 256 * 2**20
-"""On the device. In float16 a piece takes 118 kB for SD 1.5 and 318 kB for SDXL: room for 2,000 or 800 short prompts,
-or for 8 or 3 of the longest that the API takes (20,000 characters are at most 267 pieces). The empty one is in nearly
-every request."""
+"""On the device. In float16 a piece takes 118 kB for SD 1.5 and 318 kB for SDXL: room for 2,000 or 800 short prompts.
+The API's 20,000 characters are at most 267 pieces, or 1,067 where a character is four bytes, all of them tokens: for
+SDXL that is too much to keep. The empty prompt is in nearly every request."""
 
 _PIECES_AT_ONCE = 8
 """Pieces of one prompt in one forward of the text encoder, so that a long prompt needs no more memory than a few."""

@@ -1,8 +1,10 @@
 """Other families than SD 1.5 draw what diffusers' pipelines draw: SD 2 with v-prediction, SDXL, ControlNet-Union."""
 
+import copy
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,10 +12,16 @@ import pytest
 import torch
 from diffusers.utils import logging as diffusers_logging
 
+from serve_app.config import ModelSource
+from serve_app.database import Database
 from serve_app.engine.request import GenerationRequest
 from serve_app.errors import JobError
+from serve_app.models.catalog import Catalog
+from serve_app.models.loading import load_base, load_net
+from serve_app.models.publish import publish
 from serve_app.schedulers import SCHEDULERS
 from serve_app.tasks import ControlInput, GenerationTask, Mode
+from support.folders import save_base, save_net
 from support.reference import reference
 from support.tiny import Zoo, controls, drawn_alone, latents, picture, relative_error, request, run, task, tiny_engine
 
@@ -204,3 +212,53 @@ def test_what_is_masked_is_black_to_a_union_net(zoo: Zoo) -> None:
     black = marked.clip(min=0)
     ours, expected = (latents(drawn_alone(request(zoo, wanted, maps=[drawn]))) for drawn in (marked, black))
     assert torch.equal(ours, expected)
+
+
+def test_byte_equal_in_the_deterministic_mode(zoo: Zoo) -> None:
+    tasks = [
+        of("xl", controls=union("canny"), seed=1, steps=2),
+        of("xl", controls=(*union("depth", "tile"), *controls("xl-canny")), seed=2, steps=2),
+        of("xl", guidance_scale=1.0, seed=3, steps=2),
+    ]
+    asked = [request(zoo, wanted) for wanted in tasks]
+    together = run(tiny_engine(deterministic=4), [(n // 2, each) for n, each in enumerate(asked)])
+    for each in asked:
+        crowded, alone = together[each], run(tiny_engine(deterministic=4), [(0, each)])[each]
+        assert not isinstance(crowded, Exception)
+        assert not isinstance(alone, Exception)
+        assert torch.equal(latents(crowded), latents(alone))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.15), (torch.float16, 0.03)], ids=str)
+def test_half_precision(zoo: Zoo, dtype: torch.dtype, tolerance: float) -> None:
+    """The bounds of ``test_dtypes``."""
+
+    def cast(module: torch.nn.Module) -> Any:
+        return torch.nn.Module.to(copy.deepcopy(module), dtype=dtype)
+
+    base, net = zoo.families["xl"], zoo.nets["xl-promax"]
+    parts = ("unet", "vae", "text_encoder", "text_encoder_2")
+    half = replace(base, dtype=dtype, **{part: cast(getattr(base, part)) for part in parts})
+    halved = replace(zoo, families={"xl": half}, nets={net.id: replace(net, net=cast(net.net))})
+    wanted = of("xl", Mode.IMAGE, controls=union("canny", "depth"), prompt="a (fox:1.3)")
+    drawn = latents(drawn_alone(request(halved, wanted)))
+    assert relative_error(drawn.float(), latents(drawn_alone(request(zoo, wanted)))) < tolerance
+
+
+def test_from_the_folder_to_the_picture(zoo: Zoo, tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path / 'models.sqlite3'}")
+    database.migrate()
+    catalog = Catalog(database)
+    folders = {
+        "xl": save_base(zoo.families["xl"], tmp_path / "xl"),
+        "xl-canny": save_net(zoo.nets["xl-canny"], tmp_path / "xl-canny"),
+        "xl-promax": save_net(zoo.nets["xl-promax"], tmp_path / "xl-promax"),
+    }
+    entries = [publish(catalog, ModelSource(id=name, path=path)) for name, path in folders.items()]
+    base = load_base(entries[0], torch.device("cpu"), torch.float32)
+    nets = {entry.id: load_net(entry, torch.device("cpu"), torch.float32) for entry in entries[1:]}
+    database.close()
+    wanted = of("xl", controls=(*controls("xl-canny"), *union("depth")))
+    loaded = latents(drawn_alone(request(replace(zoo, families={"xl": base}, nets=nets), wanted)))
+    # Weights lie elsewhere in memory, which changes the order of additions.
+    assert relative_error(loaded, latents(drawn_alone(request(zoo, wanted)))) < 1e-5
