@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
@@ -130,6 +131,30 @@ def test_unlike_neighbours_change_no_bit(zoo: Zoo, config: DenoiserConfig, subje
     assert same_bits(ours, expected)
     if config.deterministic is True:
         assert ours.forward_rows / ours.forwards > expected.forward_rows / expected.forwards  # it did have neighbours
+
+
+def xl(*nets: tuple[str, str], **changes: Any) -> GenerationTask:
+    """``nets``: pairs of a net and a control type."""
+    asked = tuple(ControlInput(net=net, control_type=kind, scale=0.7) for net, kind in nets)
+    return task(**SMALL, model="xl", family="sdxl", controls=asked, **changes)
+
+
+def test_unlike_neighbours_change_no_bit_of_sdxl(zoo: Zoo) -> None:
+    """With a union net that is guided by two maps here and by one next door."""
+    config = DenoiserConfig(deterministic=4)
+    subject = request(zoo, xl(("xl-canny", "canny"), ("xl-union", "depth"), ("xl-union", "canny"), steps=5))
+    expected = alone(config, subject)
+    assert isinstance(expected, RunningRequest)
+    others = [
+        Guest(0, None, xl(("xl-union", "depth"), seed=3, guidance_scale=1.0, steps=6)),
+        Guest(0, 4, xl(("xl-depth", "depth"), guess_mode=True, mode=Mode.IMAGE, strength=0.6, steps=8)),
+        Guest(2, None, xl(prompt="", samples=2, steps=3)),
+    ]
+    invited = [(guest, request(zoo, guest.task)) for guest in others]
+    ours = entertain(engine(config), [(Guest(1, None, subject.task), subject), *invited])[subject]
+    assert isinstance(ours, RunningRequest)
+    assert same_bits(ours, expected)
+    assert ours.forward_rows > expected.forward_rows
 
 
 def test_identical_requests_are_identical_in_any_place(zoo: Zoo) -> None:
