@@ -6,6 +6,8 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
+from serve_app.api.endpoints.annotate import AnnotateRequest, annotate
+from serve_app.api.endpoints.annotators_list import AnnotatorsAnswer, annotators_list
 from serve_app.api.endpoints.controlnet import ControlNetRequest, controlnet
 from serve_app.api.endpoints.fetch import FetchRequest, fetch
 from serve_app.api.endpoints.files import file_routes
@@ -27,6 +29,8 @@ _JOB = (SuccessAnswer, ProcessingAnswer, FailedAnswer)
 
 OPERATIONS = (
     Operation("controlnet", controlnet, _JOB, ControlNetRequest, scope=GENERATE, metered=True, prefixes=_IMAGES),
+    Operation("annotate", annotate, _JOB, AnnotateRequest, scope=GENERATE, metered=True, prefixes=_OWN),
+    Operation("annotators", annotators_list, (AnnotatorsAnswer,), method="GET", scope=GENERATE, prefixes=_OWN),
     Operation("fetch", fetch, _JOB, FetchRequest, prefixes=_IMAGES),
     Operation("fetch/{request_id}", fetch, _JOB, KeyOnlyRequest, prefixes=_IMAGES),
     Operation("fetch/{request_id}", fetch, _JOB, method="GET", keyless=True, prefixes=_IMAGES),

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
+from serve_app.api.readiness import AnnotatorReadiness
 from serve_app.backend import BackendStats
 from serve_app.config import AppConfig
 from serve_app.jobs.lifecycle import JobWaiter
@@ -31,3 +32,5 @@ class Services:
     """Tell the dispatchers that there is work. Must not wait for them."""
     decoding: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(DECODES_AT_ONCE))
     """Held while an inline picture is decoded."""
+    annotators: AnnotatorReadiness = field(default_factory=AnnotatorReadiness)
+    """Which annotators lack their weights."""

@@ -28,7 +28,7 @@ async def test_the_documented_sample_ends_in_a_picture(server: Server) -> None:
     assert (meta["guidance_scale"], meta["strength"]) == (7.5, 0.55)
     assert meta["seeds"] == [meta["seed"]]
     assert 0 <= meta["seed"] < 2**32
-    assert meta["annotators"][0]["params"] == {"low": 100}
+    assert meta["annotators"][0]["params"] == {"low_threshold": 100, "high_threshold": 200}
     assert answer["output"] == [f"{PUBLIC_URL}/generations/{meta['file_prefix']}-0.png"]
     assert answer["image_links"] == answer["proxy_links"] == answer["output"]
     file = await server.get(answer["output"][0])

@@ -22,6 +22,7 @@ from serve_app.api.endpoints.generation import (
     take_pictures,
     yes_no,
 )
+from serve_app.api.endpoints.hints import AnnotatorNames, AnnotatorParams, check_ready, choose_annotators
 from serve_app.api.envelopes import Answer
 from serve_app.api.fields import (
     Flag,
@@ -94,6 +95,12 @@ class ControlNetRequest(GenerationRequest):
     """Default 0."""
     control_guidance_end: Annotated[tuple[float, ...], Reals(0, 1)] = ()
     """Default 1."""
+    annotator: AnnotatorNames = ()
+    """What makes the control maps: one name per ControlNet, or one for all; ``GET annotators`` lists them."""
+    annotator_params: AnnotatorParams = ()
+    """The annotator's parameters: one object per ControlNet, or one for all."""
+    return_control_maps: Flag = False
+    """yes: the answer has the control maps too, as ``control_maps``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +121,8 @@ async def controlnet(call: Call) -> Answer:
     check_common(wish, services.config, problems)
     _check_own(wish, services.config, problems)
     plan = await asyncio.to_thread(_resolve, wish, services.config, services.catalog, problems)
+    if plan is not None:
+        await check_ready(plan.controls, services, problems)
     file_prefix = str(uuid.uuid4())
     sources = _sources(wish, services.config.limits.max_controls)
     pictures = await take_pictures(sources, services, file_prefix, problems)
@@ -173,26 +182,29 @@ def _controls(
     scales = per_item(wish.controlnet_conditioning_scale, count, 1.0, "controlnet_conditioning_scale", problems.add)
     starts = per_item(wish.control_guidance_start, count, 0.0, "control_guidance_start", problems.add)
     ends = per_item(wish.control_guidance_end, count, 1.0, "control_guidance_end", problems.add)
-    controls = []
-    for index, (name, scale, start, end) in enumerate(zip(wish.controlnet_model, scales, starts, ends, strict=True)):
+    nets: list[str | None] = []
+    kinds: list[str] = []
+    for index, (name, start, end) in enumerate(zip(wish.controlnet_model, starts, ends, strict=True)):
         if start >= end:
             problems.add(
                 "control_guidance_start",
                 f"The control_guidance_start {start:g} must be below control_guidance_end {end:g}.",
             )
-        found = _net(name, index, wish, catalog, base, problems)
-        if found is None:
+        net, kind = _net(name, index, wish, catalog, base, problems) or (None, name)
+        nets.append(net)
+        if kind not in CONTROL_TYPES:
             continue
-        net, control_type = found
-        needs_mask = CONTROL_TYPES[control_type].needs_mask
-        if needs_mask and not wish.mask_image and "mask_image" not in problems:
+        kinds.append(kind)
+        if CONTROL_TYPES[kind].needs_mask and not wish.mask_image and "mask_image" not in problems:
             problems.add("mask_image", f"The mask_image field is required with controlnet_model {name!r}.")
-        # The map of an inpaint net marks masked pixels by -1, which no picture can hold: it is always made here.
-        auto_hint = wish.auto_hint or needs_mask
-        controls.append(
-            ControlInput(net=net, control_type=control_type, scale=scale, start=start, end=end, auto_hint=auto_hint)
-        )
-    return tuple(controls)
+    if len(kinds) != count:
+        return ()
+    maps = choose_annotators(kinds, wish.annotator, wish.annotator_params, wish.auto_hint, problems)
+    return tuple(
+        ControlInput(**dict(one), net=net, scale=scale, start=start, end=end)
+        for one, net, scale, start, end in zip(maps, nets, scales, starts, ends, strict=False)
+        if net is not None
+    )
 
 
 def _net(
@@ -318,6 +330,7 @@ def _job_spec(wish: ControlNetRequest, config: AppConfig, plan: Plan, pictures: 
         control_sources=_control_sources(wish, plan.controls),
         output=OutputOptions(file_prefix=file_prefix, base64_text=wish.base64),
         meta=_meta(wish, task, pictures.echo, file_prefix),
+        return_maps=wish.return_control_maps,
         temp=wish.temp,
         webhook=storable_webhook(wish.webhook, config),
         track_id=wish.track_id,
@@ -365,4 +378,5 @@ def _meta(
         "tomesd": "no",
         "base64": yes_no(wish.base64),
         "temp": yes_no(wish.temp),
+        "return_control_maps": yes_no(wish.return_control_maps),
     }

@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
+from serve_app.api.endpoints.annotators_list import ready_types
 from serve_app.api.envelopes import Answer
 from serve_app.api.operations import Call
 from serve_app.backend import AnnotatorStats, DenoiserStats
@@ -24,6 +25,8 @@ class SystemAnswer(BaseModel):
     """Denoiser replicas on a GPU."""
     denoisers: list[DenoiserStats]
     annotators: list[AnnotatorStats]
+    control_types_ready: list[str]
+    """Control types whose default annotator lacks nothing on any replica."""
 
 
 async def system_details(call: Call) -> Answer:
@@ -43,5 +46,6 @@ async def system_details(call: Call) -> Answer:
         gpus=sum(replica.device.startswith("cuda") for replica in stats.denoisers),
         denoisers=list(stats.denoisers),
         annotators=list(stats.annotators),
+        control_types_ready=ready_types({name: why for one in stats.annotators for name, why in one.missing.items()}),
     )
     return Answer(answer.model_dump(mode="json"))

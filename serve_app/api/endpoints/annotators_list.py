@@ -1,0 +1,97 @@
+"""``GET annotators``: which control types there are, what makes their maps, and with which parameters."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import BaseModel
+
+from serve_app.annotators import ANNOTATORS, Param, Switch
+from serve_app.api.envelopes import Answer
+from serve_app.api.operations import Call
+from serve_app.controls import CONTROL_TYPES, ControlType
+
+
+class ParameterState(BaseModel):
+    """A number with its bounds, or a yes or no."""
+
+    name: str
+    type: Literal["number", "boolean"]
+    default: bool | int | float
+    min: int | float | None
+    max: int | float | None
+    step: int | float | None
+    """How finely a slider should move; values between are accepted."""
+    help: str
+
+
+class AnnotatorState(BaseModel):
+    """``none`` takes the picture as the map."""
+
+    name: str
+    parameters: list[ParameterState]
+    ready: bool
+    missing: str | None
+    """What it lacks: file, source, licence, and the command that gets it."""
+
+
+class ControlTypeState(BaseModel):
+    control_type: str
+    annotator: str
+    """The default."""
+    ready: bool
+    """Whether the default annotator is ready."""
+    needs_mask: bool
+    annotators: list[AnnotatorState]
+    nets: dict[str, str]
+    """Base family -> the usual ControlNet."""
+
+
+class AnnotatorsAnswer(BaseModel):
+    status: Literal["success"] = "success"
+    control_types: list[ControlTypeState]
+
+
+async def annotators_list(call: Call) -> Answer:
+    """List the control types, their annotators with parameters, and which of them are ready."""
+    missing = await call.services.annotators.missing(call.services.backend_stats)
+    types = [_type_state(name, row, missing) for name, row in CONTROL_TYPES.items()]
+    return Answer(AnnotatorsAnswer(control_types=types).model_dump(mode="json"))
+
+
+def ready_types(missing: Mapping[str, str]) -> list[str]:
+    """Control types whose default annotator lacks nothing."""
+    return [name for name, row in CONTROL_TYPES.items() if row.annotator not in missing]
+
+
+def _type_state(name: str, row: ControlType, missing: Mapping[str, str]) -> ControlTypeState:
+    return ControlTypeState(
+        control_type=name,
+        annotator=row.annotator,
+        ready=row.annotator not in missing,
+        needs_mask=row.needs_mask,
+        annotators=[_annotator_state(annotator, missing.get(annotator)) for annotator in row.annotators],
+        nets=dict(row.nets),
+    )
+
+
+def _annotator_state(name: str, missing: str | None) -> AnnotatorState:
+    params = ANNOTATORS[name].params if name in ANNOTATORS else ()
+    return AnnotatorState(
+        name=name, parameters=[_parameter(param) for param in params], ready=missing is None, missing=missing
+    )
+
+
+def _parameter(param: Param | Switch) -> ParameterState:
+    if isinstance(param, Switch):
+        return ParameterState(
+            name=param.name, type="boolean", default=param.default, min=None, max=None, step=None, help=param.help
+        )
+    return ParameterState(
+        name=param.name,
+        type="number",
+        default=param.default,
+        min=param.minimum,
+        max=param.maximum,
+        step=param.step,
+        help=param.help,
+    )
