@@ -20,8 +20,8 @@ from serve_app.tasks import GenerationTask, Mode
 from support.tiny import SCHEDULER_CONFIG, task
 
 TRAIN_STEPS = 1000
-SIDE = 96
-"""36864 cells: chance moves the mean by 0.005 spreads and the spread by 0.4%."""
+SIDE = 64
+"""16384 cells: chance moves the mean by 0.008 spreads and the spread by 0.6%."""
 
 ALPHA_BAR: NDArray[np.float64] = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, TRAIN_STEPS) ** 2)
 SIGMAS: NDArray[np.float64] = np.sqrt((1 - ALPHA_BAR) / ALPHA_BAR)
