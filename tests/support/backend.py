@@ -30,6 +30,8 @@ class ScriptedBackend:
 
     objects: ObjectStore
     script: list[Step] = field(default_factory=list)
+    annotate_script: list[BaseException] = field(default_factory=list)
+    """What the first calls of ``annotate`` raise."""
     places: int = 100
     go: asyncio.Event = field(default_factory=asyncio.Event)
     attempts: list[AttemptRef] = field(default_factory=list)
@@ -51,6 +53,8 @@ class ScriptedBackend:
         output: MapOutput | None = None,
     ) -> Annotation:
         self.annotated.append((task, image, mask))
+        if self.annotate_script:
+            raise self.annotate_script.pop(0)
         if output is not None:
             await asyncio.to_thread(self.objects.put, output.key, b"map", "image/png")
         info = AnnotationInfo(control_type=task.control_type, annotator="scripted")
