@@ -14,6 +14,9 @@ DEMO_FAMILY = "demo"
 DEMO_CONTROL_TYPES = ("canny", "scribble", "inpaint", "lineart", "shuffle", "tile")
 """Built-in control types that need no weights to annotate; ``demo-<type>`` is the ControlNet of each."""
 
+TRAINED = Path(__file__).parent / "trained"
+"""The model as the package ships it, in diffusers layout."""
+
 VERSION = "1"
 """Goes up with every change of what is built; a folder of another version is built anew."""
 VERSION_FILE = "VERSION"

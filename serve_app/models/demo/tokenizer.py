@@ -20,6 +20,8 @@ small tall long young beautiful ugly cute realistic detailed highly ultra profes
 lighting shadow studio natural focus style art digital concept anime fantasy modern vintage abstract minimal car train
 ship boat bicycle plane rocket chair table lamp book clock cup bottle hat dress coat glasses sword crown best quality
 low worst blurry deformed text watermark signature bad cropped extra missing masterpiece award winning
+turquoise gray circle square triangle star heart diamond ring cross hexagon striped dotted checkered background ground
+front render simple
 """
 
 

@@ -1,0 +1,140 @@
+"""Trains the demo model: ``python -m serve_app.models.demo.train STAGE --work FOLDER``.
+
+Stages, in order: autoencoder, latents, decoder, diffusion, served-size, one per control type. Each continues where it
+was stopped. Decoder and diffusion need nothing of each other and may run side by side, and so may the control types.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+
+from serve_app.models.demo import latents
+from serve_app.models.demo.autoencoder import AutoencoderStage, DecoderStage, decoder_of
+from serve_app.models.demo.control import ControlStage
+from serve_app.models.demo.control_maps import MAKERS
+from serve_app.models.demo.diffusion import DiffusionModel, DiffusionStage
+from serve_app.models.demo.networks import make_vae
+from serve_app.models.demo.training import Schedule, Stage, Training, restore
+
+STAGES = ("autoencoder", "latents", "decoder", "diffusion", "served-size", *MAKERS)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How long every stage takes, and how many scenes the later ones see."""
+
+    autoencoder: Schedule
+    decoder: Schedule
+    diffusion: Schedule
+    served_size: Schedule
+    net: Schedule
+    scenes: Mapping[int, int]
+    """Side of the picture to number of scenes."""
+
+    def shortened(self, share: float) -> "Plan":
+        """The same with a share of the steps and scenes, at least as many as a batch takes."""
+        shorter = {
+            name: replace(
+                schedule,
+                steps=max(1, round(schedule.steps * share)),
+                warmup=round(schedule.warmup * share),
+                save_every=max(1, round(schedule.save_every * share)),
+            )
+            for name in ("autoencoder", "decoder", "diffusion", "served_size", "net")
+            for schedule in (getattr(self, name),)
+        }
+        scenes = {side: max(16, round(count * share)) for side, count in self.scenes.items()}
+        return replace(self, scenes=scenes, **shorter)
+
+
+PLAN = Plan(
+    autoencoder=Schedule(steps=700, rate=1.5e-3, warmup=20, decay=0.99, save_every=50),
+    decoder=Schedule(steps=800, rate=1e-3, warmup=20, decay=0.995, save_every=50),
+    diffusion=Schedule(steps=3000, rate=1e-3, decay=0.995),
+    served_size=Schedule(steps=300, rate=3e-4, warmup=20, decay=0.99),
+    net=Schedule(steps=300, rate=1e-3, warmup=20, decay=0.99),
+    scenes={128: 6_000, 256: 1_600, 512: 300},
+)
+
+
+def run(
+    stage: str, work: Path, plan: Plan, *, bf16: bool, until: int | None = None, worker: int = 0, workers: int = 1
+) -> None:
+    """Run or continue one stage in the folder ``work``.
+
+    Raises:
+        FileNotFoundError: an earlier stage has to come first.
+    """
+    if stage == "autoencoder":
+        _train(AutoencoderStage(bf16=bf16), plan.autoencoder, work, until)
+    elif stage == "latents":
+        vae = encoder(work)
+        for side, count in plan.scenes.items():
+            latents.fill(vae, work / "latents", side, count, worker=worker, workers=workers)
+    elif stage == "decoder":
+        _train(DecoderStage(encoder(work), bf16=bf16), plan.decoder, work, until)
+    elif stage == "diffusion":
+        _train(DiffusionStage(work / "latents", bf16=bf16), plan.diffusion, work, until)
+    elif stage == "served-size":
+        last = DiffusionStage(work / "latents", bf16=bf16, last=True)
+        restore(last.model, work / "diffusion")
+        _train(last, plan.served_size, work, until)
+    else:
+        net = ControlStage(stage, diffusion_model(work), work / "latents", bf16=bf16)
+        _train(net, plan.net, work, until)
+
+
+def encoder(work: Path) -> AutoencoderKL:
+    """The autoencoder whose latents the later stages use: after its first stage, standardised."""
+    vae = make_vae(AutoencoderStage.seed)
+    restore(vae, work / AutoencoderStage.name)
+    latents.standardise(vae)
+    return vae.eval()
+
+
+def autoencoder(work: Path) -> AutoencoderKL:
+    """The autoencoder with its final decoder."""
+    vae = encoder(work)
+    restore(decoder_of(vae), work / DecoderStage.name)
+    return vae
+
+
+def diffusion_model(work: Path) -> DiffusionModel:
+    model = DiffusionModel()
+    restore(model, work / "served-size")
+    return model.eval()
+
+
+def _train(stage: Stage, schedule: Schedule, work: Path, until: int | None) -> None:
+    Training(stage, schedule, work / stage.name).run(until)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--work", type=Path, required=True, help="folder of checkpoints, latents and loss curves")
+    parser.add_argument("--until", type=int, help="stop after this step; the schedule stays as it is")
+    parser.add_argument("--share", type=float, default=1.0, help="share of the full training, for a trial")
+    parser.add_argument("--worker", type=int, default=0, help="latents: which of the workers this is")
+    parser.add_argument("--workers", type=int, default=1, help="latents: how many work side by side")
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16: faster where the CPU has AVX512-BF16")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    plan = PLAN if options.share == 1 else PLAN.shortened(options.share)
+    run(
+        options.stage,
+        options.work,
+        plan,
+        bf16=options.bf16,
+        until=options.until,
+        worker=options.worker,
+        workers=options.workers,
+    )
+
+
+if __name__ == "__main__":
+    main()
