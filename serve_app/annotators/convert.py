@@ -36,16 +36,14 @@ def fetch(store: WeightStore, name: str, config: FetchConfig) -> Path:
     weights = store.row(name)
     if weights.url is not None:
         return _fetch_url(store, weights, weights.url, config)
-    import huggingface_hub
+    from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     def get(file: str) -> Path:
-        return Path(
-            huggingface_hub.hf_hub_download(weights.repo, file, revision=weights.revision, cache_dir=store.folder)
-        )
+        return Path(hf_hub_download(weights.repo, file, revision=weights.revision, cache_dir=store.folder))
 
     # Services are kept offline by a switch that this library reads once, at import; this command is here to go online.
-    huggingface_hub.constants.HF_HUB_OFFLINE = False
+    constants.HF_HUB_OFFLINE = False
     try:
         for other in weights.beside:
             get(other)

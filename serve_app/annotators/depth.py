@@ -1,11 +1,12 @@
 """Depth, near is white, and surface normals."""
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from serve_app.annotators.geometry import IMAGENET, View, look, normalised, stretched
@@ -13,8 +14,6 @@ from serve_app.annotators.source import Source
 from serve_app.tasks import ControlMap
 
 _HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-_ZOE_SIZE = (384, 512)
-"""Height and width that ZoeDepth was trained at."""
 _ZOE_MARGIN = 3
 """Margin in units of sqrt(side / 2), which is then cut: the network is unreliable at the border."""
 
@@ -30,7 +29,20 @@ def midas(source: Source) -> ControlMap:
     """MiDaS 3 DPT-Hybrid (Ranftl et al., 2021): inverse depth, stretched from its minimum to its maximum."""
     network = source.networks["midas"]
     view = look(source, network, 32, fit=True)
-    return _near_is_white(view, network(normalised(view.pixels, *_HALF)).predicted_depth)
+    return _near_is_white(view, midas_depth(network, normalised(view.pixels, *_HALF)))
+
+
+def midas_depth(network: Any, pixels: Tensor) -> Tensor:
+    """(1, h, w) inverse depth from (1, 3, h, w): ``DPTForDepthEstimation.forward``, which takes pictures for square.
+
+    ``network`` is a hybrid: of the four feature maps the first two come from its convolutions.
+    """
+    outputs = network.dpt(pixels, output_hidden_states=True)
+    late = set(network.config.backbone_out_indices[2:])
+    states = [state for index, state in enumerate(outputs.hidden_states[1:]) if index in late]
+    patches = [side // network.config.patch_size for side in pixels.shape[2:]]
+    depth: Tensor = network.head(network.neck([*outputs.intermediate_activations, *states], *patches))
+    return depth
 
 
 def zoe(source: Source) -> ControlMap:
@@ -43,17 +55,20 @@ def zoe(source: Source) -> ControlMap:
     return view.grey(np.zeros_like(depth) if blank else 1 - stretched(depth, near, far))
 
 
-def zoe_metres(network: nn.Module, pixels: Tensor) -> Tensor:
+def zoe_metres(network: Any, pixels: Tensor) -> Tensor:
     """(1, 1, h, w) metres from (1, 3, h, w) pixels: with margins, and averaged with the mirrored picture's.
 
-    What ``ZoeDepthImageProcessor`` of transformers does before and after.
+    What ``ZoeDepthImageProcessor`` of transformers does before and after. The network looks at pictures about as large
+    as those it was trained with, 4 to 3 and as high as its backbone's: 384 x 512.
     """
+    side = network.config.backbone_config.image_size
+    trained = (side, side * 4 // 3)
     height, width = pixels.shape[2:]
-    rows, columns = (int(math.sqrt(side / 2) * _ZOE_MARGIN) for side in (height, width))
+    rows, columns = (int(math.sqrt(one / 2) * _ZOE_MARGIN) for one in (height, width))
     padded = pad(pixels, (columns, columns, rows, rows), mode="reflect")
     full = padded.shape[2:]
-    scale = min((wanted / side for wanted, side in zip(_ZOE_SIZE, full, strict=True)), key=lambda one: abs(1 - one))
-    size = [max(32, round(side * scale / 32) * 32) for side in full]
+    scale = min((wanted / one for wanted, one in zip(trained, full, strict=True)), key=lambda one: abs(1 - one))
+    size = [max(32, round(one * scale / 32) * 32) for one in full]
     small = normalised(interpolate(padded, size, mode="bilinear", align_corners=True), *_HALF)
     both: Tensor = network(torch.cat([small, small.flip(3)])).predicted_depth
     depth = (both[:1] + both[1:].flip(2)) / 2

@@ -144,9 +144,10 @@ def depth_anything(path: Path) -> nn.Module:
 def midas(path: Path) -> nn.Module:
     """DPT-Hybrid, for pictures of any size: transformers has the interpolation of positions and does not ask for it."""
     network = _transformer("DPTForDepthEstimation", path)
+    if not network.config.is_hybrid:
+        raise ModelLoadFailed(f"{path.parent}: not a hybrid DPT")
     embeddings = network.dpt.embeddings
-    if network.config.is_hybrid:
-        embeddings.forward = partial(embeddings.forward, interpolate_pos_encoding=True)
+    embeddings.forward = partial(embeddings.forward, interpolate_pos_encoding=True)
     return network
 
 

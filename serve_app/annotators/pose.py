@@ -89,6 +89,7 @@ def _placed(peaks: NDArray[np.int_], x: int, y: int, size: NDArray[np.int_]) -> 
 def _finder(name: str, network: Any) -> Any:
     """An object of one of controlnet-aux's classes that finds points with ``network``; it holds no state."""
     module, _, kind = name.partition(".")
+    part("open_pose.util")  # first: it and body import each other, which only works in this order
     finder = object.__new__(getattr(part(f"open_pose.{module}"), kind))
     finder.model = network
     return finder

@@ -1,0 +1,107 @@
+"""The host of detector networks: loaded once, within its budget, failures told and forgotten."""
+
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from serve_app.annotators.detectors import DetectorHost
+from serve_app.errors import AnnotatorUnavailable, ConfigError, OutOfMemory, UnsafeModel
+from support.detectors import fake_mediapipe, make_store
+
+NAMES = ("pidinet", "mlsd", "lineart")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("host")
+
+
+@pytest.fixture(scope="module")
+def filled(folder: Path) -> DetectorHost:
+    return DetectorHost(make_store(folder, *NAMES), "cpu")
+
+
+def host(filled: DetectorHost, budget_bytes: int = 1 << 30, device: str = "cpu") -> DetectorHost:
+    return DetectorHost(filled.store, device, budget_bytes)
+
+
+def test_those_who_ask_at_once_get_one_network(filled: DetectorHost) -> None:
+    fresh = host(filled)
+    together = threading.Barrier(8)
+
+    def use(_: int) -> int:
+        together.wait()
+        with fresh.lease(("pidinet",)) as networks:
+            assert torch.is_inference_mode_enabled()
+            return id(networks["pidinet"])
+
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(use, range(8)))) == 1
+    assert fresh.loads == 1
+    assert fresh.loaded() == ("pidinet",)
+    with fresh.lease(("pidinet",)) as networks:
+        assert fresh.loaded_bytes == sum(
+            tensor.nbytes for tensor in (*networks["pidinet"].parameters(), *networks["pidinet"].buffers())
+        )
+
+
+def test_the_least_recently_used_goes_first_and_none_in_use(filled: DetectorHost) -> None:
+    sizes = {}
+    for name in NAMES:
+        alone = host(filled)
+        with alone.lease((name,)):
+            sizes[name] = alone.loaded_bytes
+    slack = 1 << 17  # what a file has beside its tensors
+    small = host(filled, sizes["pidinet"] + sizes["lineart"] + slack)
+    for name in ("pidinet", "lineart", "pidinet"):
+        with small.lease((name,)):
+            pass
+    assert small.loaded() == ("lineart", "pidinet")
+    with small.lease(("mlsd",)):
+        assert small.loaded() == ("pidinet", "mlsd")
+    with small.lease(("pidinet",)), small.lease(("mlsd",)), small.lease(("lineart",)):
+        assert set(small.loaded()) == set(NAMES)
+    assert small.loaded_bytes <= sizes["pidinet"] + sizes["lineart"] + slack
+
+
+def test_missing_weights_are_asked_for_again(folder: Path, filled: DetectorHost) -> None:
+    fresh = host(filled)
+    path = filled.store.served("mlsd")
+    assert path is not None
+    hidden = path.rename(folder / "hidden")
+    for _ in range(2):
+        with pytest.raises(AnnotatorUnavailable, match="weights fetch mlsd"), fresh.lease(("mlsd",)):
+            pass
+    hidden.rename(path)
+    with fresh.lease(("mlsd",)):
+        assert fresh.loaded() == ("mlsd",)
+
+
+def test_a_file_of_another_hash_is_not_run(tmp_path: Path) -> None:
+    store = make_store(tmp_path, "face_landmarker")
+    path = store.served("face_landmarker")
+    assert path is not None
+    path.write_bytes(b"another")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "mediapipe", fake_mediapipe())
+        with pytest.raises(UnsafeModel, match="as published"), DetectorHost(store).lease(("face_landmarker",)):
+            pass
+
+
+def test_a_full_device_is_told_in_our_words(filled: DetectorHost) -> None:
+    with pytest.raises(OutOfMemory), host(filled).lease(("pidinet",)):
+        raise torch.OutOfMemoryError
+    with pytest.raises(ZeroDivisionError), host(filled).lease(("pidinet",)):
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda"])
+def test_a_device_that_is_not_there(filled: DetectorHost, device: str) -> None:
+    if device == "cuda" and torch.cuda.is_available():
+        return
+    with pytest.raises(ConfigError, match=device), host(filled, device=device).lease(("pidinet",)):
+        pass

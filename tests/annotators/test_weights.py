@@ -1,0 +1,286 @@
+"""Weights: where they are looked for, what is said when they are missing, and how they get there."""
+
+import hashlib
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from serve_app.annotators import ANNOTATORS, Missing, Ready, readiness
+from serve_app.annotators.convert import convert, fetch, verify
+from serve_app.annotators.weights import NETWORKS, WEIGHTS, WeightStore
+from serve_app.config import FetchConfig
+from serve_app.errors import AnnotatorUnavailable, ModelLoadFailed, UnsafeModel
+from support.detectors import PICKLES, TASK, make_store, published_state, sha256, write_pickle, write_transformer
+
+
+class TestTable:
+    def test_networks_and_weights_fit_together(self) -> None:
+        assert {network for row in ANNOTATORS.values() for network in row.networks} == set(NETWORKS)
+        assert {row.weights for row in NETWORKS.values()} == set(WEIGHTS)
+
+    @pytest.mark.parametrize("name", WEIGHTS)
+    def test_a_row_says_where_from_and_under_which_licence(self, name: str) -> None:
+        row = WEIGHTS[name]
+        assert row.licence
+        assert row.repo.count("/") == 1
+        assert row.sha256 is None or len(bytes.fromhex(row.sha256)) == 32
+        assert row.revision is None or len(bytes.fromhex(row.revision)) == 20
+        assert not row.is_pickle or row.sha256, "a pickle is read only if its hash is known"
+        assert row.served.endswith((".safetensors", ".task"))
+
+
+class TestReadiness:
+    def test_without_weights_the_rest_is_ready_and_the_others_say_what_helps(self, tmp_path: Path) -> None:
+        found = readiness(WeightStore(tmp_path))
+        assert set(found) == set(ANNOTATORS)
+        for name, state in found.items():
+            assert isinstance(state, Missing) == bool(ANNOTATORS[name].networks)
+        hed = found["hed"]
+        assert isinstance(hed, Missing)
+        for part in ("ControlNetHED", "lllyasviel/Annotators", "Apache-2.0", "controlnet-serve weights fetch hed"):
+            assert part in hed.reason
+
+    def test_the_service_says_the_same(self, tmp_path: Path) -> None:
+        with pytest.raises(AnnotatorUnavailable, match="controlnet-serve weights fetch mlsd"):
+            WeightStore(tmp_path).require("mlsd")
+
+    def test_a_pickle_that_was_fetched_wants_converting(self, tmp_path: Path) -> None:
+        write_pickle(tmp_path, "pidinet")
+        state = readiness(WeightStore(tmp_path))["pidinet"]
+        assert isinstance(state, Missing)
+        assert "weights convert pidinet" in state.reason
+
+    def test_the_hubs_own_layout_is_read(self, tmp_path: Path) -> None:
+        write_transformer(tmp_path, "upernet")
+        store = WeightStore(tmp_path)
+        assert readiness(store)["upernet"] == Ready()
+        assert "snapshots" in str(store.served("upernet"))
+
+    def test_a_revision_that_is_a_path_is_none(self, tmp_path: Path) -> None:
+        write_transformer(tmp_path, "upernet")
+        (tmp_path / "models--openmmlab--upernet-convnext-small" / "refs" / "main").write_text("../../x")
+        assert WeightStore(tmp_path).served("upernet") is None
+
+    def test_a_model_without_its_configuration_is_not_there(self, tmp_path: Path) -> None:
+        write_transformer(tmp_path, "upernet")
+        (path,) = tmp_path.rglob("config.json")
+        path.unlink()
+        assert WeightStore(tmp_path).served("upernet") is None
+
+    def test_an_unknown_name_is_answered_with_the_known_ones(self, tmp_path: Path) -> None:
+        with pytest.raises(AnnotatorUnavailable, match="pidinet"):
+            WeightStore(tmp_path).row("pidi")
+
+
+class TestConvert:
+    def test_every_tensor_arrives_under_its_own_name(self, tmp_path: Path) -> None:
+        store = make_store(tmp_path, "pidinet")
+        path = store.served("pidinet")
+        assert path is not None
+        published = published_state("pidinet")
+        with safe_open(path, framework="pt") as file:
+            assert {f"module.{name}" for name in file.keys()} == set(published)  # noqa: SIM118  - not a mapping
+            assert all(
+                torch.equal(file.get_tensor(name.removeprefix("module.")), published[name]) for name in published
+            )
+            assert file.metadata()["source_sha256"] == store.row("pidinet").sha256
+
+    def test_another_file_is_not_read(self, tmp_path: Path) -> None:
+        write_pickle(tmp_path, "pidinet")
+        with pytest.raises(UnsafeModel, match="as published"):
+            convert(WeightStore(tmp_path), "pidinet")
+        assert WeightStore(tmp_path).served("pidinet") is None
+
+    @pytest.mark.parametrize("harmful", [True, False])
+    def test_what_is_not_only_tensors_is_refused_and_not_run(self, tmp_path: Path, harmful: bool) -> None:
+        row = WEIGHTS["mlsd"]
+        path = tmp_path / row.repo / row.file
+        path.parent.mkdir(parents=True)
+        marker = tmp_path / "ran"
+        if harmful:
+            path.write_bytes(pickle.dumps(_Harm(str(marker))))
+        else:
+            torch.save({"epoch": 3}, path)
+        store = WeightStore(tmp_path, {**WEIGHTS, "mlsd": replace(row, sha256=sha256(path))})
+        with pytest.raises(UnsafeModel if harmful else ModelLoadFailed):
+            convert(store, "mlsd")
+        assert not marker.exists()
+
+    def test_a_pickle_without_a_known_hash_needs_a_word(self, tmp_path: Path) -> None:
+        write_transformer(tmp_path, "zoe")
+        (model,) = tmp_path.rglob("model.safetensors")
+        from safetensors.torch import load_file
+
+        torch.save(load_file(model), model.with_name("pytorch_model.bin"))
+        model.unlink()
+        store = WeightStore(tmp_path)
+        with pytest.raises(UnsafeModel, match="--allow-unpinned"):
+            convert(store, "zoe")
+        assert convert(store, "zoe", allow_unpinned=True) == tmp_path / "Intel" / "zoedepth-nyu" / "model.safetensors"
+        assert verify(store, "zoe") == tmp_path / "Intel" / "zoedepth-nyu" / "model.safetensors"
+
+    def test_half_a_file_is_never_served(self, tmp_path: Path) -> None:
+        store = WeightStore(tmp_path, {**WEIGHTS, "mlsd": write_pickle(tmp_path, "mlsd")})
+        folder = tmp_path / store.row("mlsd").repo
+        (folder / "mlsd_large_512_fp32.safetensors").mkdir()  # nothing can be renamed to it
+        with pytest.raises(OSError, match=r"."):
+            convert(store, "mlsd")
+        assert sorted(path.name for path in folder.iterdir()) == [
+            "mlsd_large_512_fp32.pth",
+            "mlsd_large_512_fp32.safetensors",
+        ]
+
+
+class _Harm:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (self.path,))
+
+
+class TestVerify:
+    def test_what_was_not_made_of_the_published_file_is_found(self, tmp_path: Path) -> None:
+        store = make_store(tmp_path, "pidinet")
+        assert verify(store, "pidinet").is_file()
+        with pytest.raises(UnsafeModel, match="as published"):
+            verify(WeightStore(tmp_path), "pidinet")
+
+    def test_another_networks_weights_are_found(self, tmp_path: Path) -> None:
+        store = make_store(tmp_path, "pidinet")
+        path = store.served("pidinet")
+        assert path is not None
+        row = replace(store.row("pidinet"), file="mlsd_large_512_fp32.pth")
+        path.rename(path.with_name(row.served))
+        with pytest.raises(ModelLoadFailed, match="missing"):
+            verify(WeightStore(tmp_path, {**WEIGHTS, "mlsd": row}), "mlsd")
+
+    def test_a_file_cut_short_is_found(self, tmp_path: Path) -> None:
+        store = make_store(tmp_path, "lineart")
+        path = store.served("lineart")
+        assert path is not None
+        path.write_bytes(path.read_bytes()[:-100])
+        with pytest.raises((ModelLoadFailed, Exception), match=r"incomplete|sk_model"):
+            verify(store, "lineart")
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The part of the hub's protocol that downloading a file needs: names and hashes in the headers, then bytes."""
+
+    protocol_version = "HTTP/1.1"
+    files: dict[str, bytes]
+    commit = "c" * 40
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def _answer(self, *, body: bool) -> None:
+        data = self.files.get(self.path)
+        self.send_response(200 if data is not None else 404)
+        if data is None:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        self.send_header("Content-Length", str(len(data or b"")))
+        self.send_header("X-Repo-Commit", self.commit)
+        self.send_header("ETag", f'"{hashlib.sha256(data or b"").hexdigest()}"')
+        self.end_headers()
+        if body and data is not None:
+            self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.fixture
+def hub() -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Its address, and the files it has by path; an empty dict at first."""
+    files: dict[str, bytes] = {}
+    handler = type("FilledHub", (Hub,), {"files": files})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", files
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def weights_command(hub: str, data: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-c", "from serve_app.cli import main; main()", "weights", *arguments, "--data", str(data)],
+        env={**os.environ, "HF_ENDPOINT": hub, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+class TestCommands:
+    def test_a_transformer_is_fetched_and_verified(self, hub: tuple[str, dict[str, bytes]], tmp_path: Path) -> None:
+        address, files = hub
+        write_transformer(tmp_path / "made", "upernet")
+        for name in ("config.json", "model.safetensors"):
+            (path,) = (tmp_path / "made").rglob(name)
+            files[f"/openmmlab/upernet-convnext-small/resolve/main/{name}"] = path.read_bytes()
+        data = tmp_path / "data"
+        done = weights_command(address, data, "fetch", "upernet")
+        assert done.returncode == 0, done.stderr
+        assert f"models--openmmlab--upernet-convnext-small/snapshots/{Hub.commit}/model.safetensors" in done.stdout
+        assert readiness(WeightStore(data / "annotators"))["upernet"] == Ready()
+        assert verify(WeightStore(data / "annotators"), "upernet").is_file()
+
+    def test_a_file_that_is_not_the_published_one_and_one_that_is_not_there(
+        self, hub: tuple[str, dict[str, bytes]], tmp_path: Path
+    ) -> None:
+        address, files = hub
+        row = WEIGHTS["hed"]
+        files[f"/{row.repo}/resolve/{row.revision}/{row.file}"] = b"something else"
+        done = weights_command(address, tmp_path, "fetch", "hed", "mlsd")
+        assert done.returncode == 1
+        assert "error: hed: " in done.stderr
+        assert "as published" in done.stderr
+        assert "error: mlsd: lllyasviel/Annotators: mlsd_large_512_fp32.pth" in done.stderr
+
+    def test_list_tells_states_licences_and_what_cannot_run(self, tmp_path: Path) -> None:
+        done = weights_command("http://127.0.0.1:9", tmp_path, "list")
+        assert done.returncode == 0, done.stderr
+        assert "hed  missing  Apache-2.0  lllyasviel/Annotators: ControlNetHED.pth" in done.stdout
+        assert "midas can't run: the weights model.safetensors" in done.stdout
+        assert "canny" not in done.stdout
+
+    def test_nothing_named_is_a_mistake(self, tmp_path: Path) -> None:
+        done = weights_command("http://127.0.0.1:9", tmp_path, "convert")
+        assert done.returncode == 1
+        assert "--all" in done.stderr
+
+
+def test_the_face_model_is_fetched_from_its_own_address(hub: tuple[str, dict[str, bytes]], tmp_path: Path) -> None:
+    address, files = hub
+    files["/face_landmarker.task"] = TASK
+    row = replace(
+        WEIGHTS["face_landmarker"], url=f"{address}/face_landmarker.task", sha256=hashlib.sha256(TASK).hexdigest()
+    )
+    config = FetchConfig(allow_hosts=("127.0.0.1",))
+    store = WeightStore(tmp_path, {**WEIGHTS, "face_landmarker": row})
+    assert fetch(store, "face_landmarker", config).read_bytes() == TASK
+    assert store.served("face_landmarker") is not None
+    files["/face_landmarker.task"] = b"another"
+    with pytest.raises(UnsafeModel, match="as published"):
+        fetch(WeightStore(tmp_path / "other", store.table), "face_landmarker", config)
+
+
+def test_every_pickle_has_a_random_twin() -> None:
+    assert set(PICKLES) == {name for name, row in WEIGHTS.items() if row.is_pickle}
