@@ -3,6 +3,7 @@
 The real application, dispatcher, annotators and engine on the demo model; a link is fetched from a server on loopback.
 """
 
+import asyncio
 import io
 from base64 import b64encode
 from collections.abc import AsyncIterator
@@ -137,6 +138,27 @@ async def test_every_weight_free_type_and_mode(client: httpx2.AsyncClient, field
     assert pixels(data).shape == (64, 128, 3)
     assert not any(info["empty"] for info in answer["meta"]["annotators"])
     assert len(answer["meta"]["annotators"]) == len(str(answer["meta"]["controlnet_model"]).split(","))
+
+
+async def test_fetch_tells_how_far_the_engine_is(tmp_path: Path, models: Path) -> None:
+    """From the sampler through engine, backend and the job's row to the client."""
+    config = AppConfig.model_validate({"data": tmp_path, "models_folder": models, "dispatcher": {"lease_s": 1.5}})
+    shares = []
+    async with local_server(config) as server:
+        server.resources.keys.create("tests", "default", ["generate"], KEY)
+        transport = httpx2.ASGITransport(server.application)
+        async with httpx2.AsyncClient(transport=transport, base_url=config.public_url) as client:
+            body = seed_page_body(KEY, "demo", base64(photo("coffee.png"))) | SMALL
+            body |= {"num_inference_steps": "50", "samples": "3", "strength": 1.0, "instant_response": "yes"}
+            answer = (await client.post("/api/v1/enterprise/controlnet", json=body)).json()
+            assert answer["status"] == "processing", answer
+            fetch = answer["fetch_result"]
+            while (answer := (await client.post(fetch, json={"key": KEY})).json())["status"] == "processing":
+                shares.append(answer["progress"])
+                await asyncio.sleep(0.1)
+    assert answer["status"] == "success"
+    assert shares == sorted(shares)
+    assert any(0 < share < 1 for share in shares)
 
 
 async def test_the_same_seed_gives_the_same_bytes(client: httpx2.AsyncClient) -> None:
