@@ -125,6 +125,25 @@ def test_what_the_mask_keeps_is_kept_and_the_rest_is_drawn(name: str, strength: 
         check_moments(name, latent[..., half:])
 
 
+@pytest.mark.parametrize("name", [name for name, spec in SCHEDULERS.items() if spec.sampler != "steps"])
+def test_a_base_without_signal_at_its_last_timestep(name: str) -> None:
+    """Zero terminal SNR, whose highest sigma is infinite."""
+    trained = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", **V_MODEL.config}
+    drawn = answer(sampler(trained, wish(name, 12), V_MODEL.source(8), 1), V_MODEL)
+    assert torch.isfinite(drawn.latent).all()
+    assert drawn.calls[0].timestep == 999 or name == "DDIMInverseScheduler"
+
+
+def test_karras_sigmas_replace_those_of_the_base() -> None:
+    config = {**MODEL.config, "use_exponential_sigmas": True}
+    asked, not_asked = (
+        build_scheduler(config, wish("EulerDiscreteScheduler", 5, use_karras_sigmas=flag), 1).config
+        for flag in (True, False)
+    )
+    assert (asked.use_karras_sigmas, asked.use_exponential_sigmas) == (True, False)
+    assert (not_asked.use_karras_sigmas, not_asked.use_exponential_sigmas) == (False, True)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3])
 @pytest.mark.parametrize("mode", Mode)
 @pytest.mark.parametrize("name", SCHEDULERS)

@@ -14,14 +14,19 @@ from serve_app.tasks import GenerationTask, Mode
 _SPELLING = {"dpmsolver+++": "dpmsolver++"}
 """``algorithm_type`` of the API -> of diffusers, where they differ."""
 
+_OTHER_SIGMAS = frozenset({"use_exponential_sigmas", "use_beta_sigmas"})
+"""What a base model's config may ask for, and diffusers refuses beside Karras sigmas."""
+
 
 def build_scheduler(config: Mapping[str, Any], task: GenerationTask, seed: int) -> Any:
-    """A fresh diffusers scheduler for ``task`` on the base model's scheduler ``config``."""
+    """A fresh diffusers scheduler on the base model's scheduler ``config``; what the task says takes its place."""
     spec = SCHEDULERS[task.scheduler]
     scheduler = getattr(diffusers, spec.class_name)
     options = dict(spec.options)
     if spec.karras:
         options["use_karras_sigmas"] = task.use_karras_sigmas
+        if task.use_karras_sigmas:
+            config = {name: value for name, value in config.items() if name not in _OTHER_SIGMAS}
     if task.algorithm_type in spec.algorithm_types:
         options["algorithm_type"] = _SPELLING.get(task.algorithm_type, task.algorithm_type)
     if "noise_sampler_seed" in inspect.signature(scheduler).parameters:
