@@ -38,10 +38,15 @@ from serve_app.tasks import AnnotationInfo, AnnotationTask, ControlMap, ImageArr
 MEMORY_BYTES: Final = 64 * 1024**2
 """Control maps kept in the memory of one replica: 80 of 512 x 512."""
 
+SENT: Final = "none"
+"""The annotator of a map that came with the request."""
+
 _UNCACHED: Final = frozenset({"tile", "inpaint", "invert"})
 """At most 1 ms, or, for inpaint, a map that no picture file can hold."""
 
-_DECIDING_PACKAGES: Final = ("controlnet-aux", "mediapipe", "opencv-python-headless", "timm", "torch", "transformers")
+_DECIDING_PACKAGES: Final = (
+    "controlnet-aux", "mediapipe", "numpy", "opencv-python-headless", "pillow", "timm", "torch", "transformers",
+)  # fmt: skip
 _FileState = tuple[str, int, int, int]
 """Path, size in bytes, time of the last change, inode."""
 
@@ -128,9 +133,10 @@ class AnnotatorService:
     def _make(self, task: AnnotationTask, image: ImageArray, mask: ImageArray | None) -> MadeMap:
         started = time.monotonic()
         pixels, info = annotate(task, image, mask, self._host)
-        self.runs += 1
-        self._meter.count("annotator_runs", annotator=info.annotator)
-        self._meter.observe("annotator_seconds", time.monotonic() - started, annotator=info.annotator)
+        if info.annotator != SENT:
+            self.runs += 1
+            self._meter.count("annotator_runs", annotator=info.annotator)
+            self._meter.observe("annotator_seconds", time.monotonic() - started, annotator=info.annotator)
         return MadeMap(pixels, info)
 
     def _identity(self, name: str) -> str | None:
@@ -178,11 +184,11 @@ def _shown(control_map: ControlMap) -> Pixels:
 
 @cache
 def _code_digest() -> str:
-    """A hash of this package's source files and of the versions of the packages that annotators compute with."""
+    """A hash of the source files that decide a map and of the versions of the packages that they compute with."""
     code = hashlib.sha256()
-    for file in sorted(files("serve_app.annotators").iterdir(), key=lambda one: one.name):
-        if file.name.endswith(".py"):
-            code.update(file.read_bytes())
+    own = (file for file in files("serve_app.annotators").iterdir() if file.name.endswith(".py"))
+    for file in (files("serve_app") / "images.py", *sorted(own, key=lambda one: one.name)):
+        code.update(file.read_bytes())
     versions = []
     for package in _DECIDING_PACKAGES:
         try:

@@ -19,6 +19,7 @@ import skimage.data
 from numpy.typing import NDArray
 from PIL import Image
 
+from serve_app.backend import AnnotatorStats
 from support.cluster import API, KEY, Served
 
 pytestmark = pytest.mark.cluster
@@ -81,6 +82,32 @@ def test_unlike_requests_share_unet_steps(served: Served) -> None:
     # Every evaluation has two rows; alone, each forward would have exactly two.
     assert rows == 2 * sum(30 + n for n in range(16))
     assert rows / forwards > 4
+
+
+def test_annotators_make_maps_once_and_may_die(served: Served) -> None:
+    def annotate(low: int) -> bytes:
+        answer = served.post(
+            "annotate", {"init_image": photo(), "controlnet_type": "canny", "annotator_params": {"low_threshold": low}}
+        )
+        assert answer["status"] == "success", answer
+        return served.picture(answer)
+
+    def state() -> AnnotatorStats:
+        (annotator,) = served.stats().annotators
+        return AnnotatorStats.model_validate(annotator)
+
+    before = state()
+    with ThreadPoolExecutor(3) as pool:
+        maps = set(pool.map(annotate, (33,) * 3))
+    after = state()
+    assert len(maps) == 1
+    assert (after.annotate_calls, after.annotator_runs) == (before.annotate_calls + 3, before.annotator_runs + 1)
+    os.kill(after.pid, signal.SIGKILL)
+    drawn = served.post("controlnet", request(3, return_control_maps="yes"))
+    assert drawn["status"] == "success", drawn
+    assert pixels(served.http.get(drawn["control_maps"][0]).content).shape == (64, 64, 3)
+    assert {annotate(33)} == maps
+    assert state().pid != after.pid
 
 
 def test_a_hang_up_does_not_cancel_the_job(served: Served) -> None:

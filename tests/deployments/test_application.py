@@ -52,3 +52,16 @@ def test_replicas_and_autoscaling_come_from_the_configuration() -> None:
     assert found["A"].num_replicas == 3
     autoscaling = found["B"]._deployment_config.autoscaling_config
     assert (autoscaling.min_replicas, autoscaling.max_replicas, autoscaling.target_ongoing_requests) == (1, 5, 3)
+
+
+def test_annotators_scale_apart_on_a_share_of_a_gpu() -> None:
+    scaling = {"min_replicas": 2, "max_replicas": 6, "target_ongoing_requests": 2}
+    annotator = {"num_gpus": 0.25, "device": "cuda", "max_ongoing": 3, "threads": 2, "autoscaling_config": scaling}
+    found = deployments(AppConfig.model_validate({"annotator": annotator, "denoisers": [{"replicas": 4}]}))
+    own = found["Annotator"]
+    autoscaling = own._deployment_config.autoscaling_config
+    assert (autoscaling.min_replicas, autoscaling.max_replicas, autoscaling.target_ongoing_requests) == (2, 6, 2)
+    assert own.ray_actor_options["num_gpus"] == 0.25
+    assert own.ray_actor_options["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] == "2"
+    assert (own.max_ongoing_requests, own._deployment_config.max_queued_requests) == (3, 48)
+    assert found["Denoiser"].num_replicas == 4

@@ -186,3 +186,20 @@ async def test_the_mask_keeps_what_it_does_not_cover(client: httpx2.AsyncClient)
     difference = np.abs(pixels(masked) - pixels(again))
     # Left of the middle each seed paints anew; the right edge is the photo, whatever the seed.
     assert difference[:, :40].mean() > 4 * difference[:, 88:].mean()
+
+
+async def test_a_map_made_alone_guides_as_the_one_made_on_the_way(client: httpx2.AsyncClient) -> None:
+    picture = base64(photo("coffee.png"))
+    wish = {"init_image": picture, "seed": 7, "strength": 1.0, "annotator_params": {"low_threshold": 60}, **SMALL}
+    drawn = await draw(client, return_control_maps="yes", **wish)
+    (auto,) = await pictures(client, drawn)
+    (beside,) = await pictures(client, {"output": drawn["control_maps"]})
+    sent = {"key": KEY, "controlnet_type": "canny", **wish}
+    answers = [(await client.post("/api/v1/enterprise/annotate", json=sent)).json() for _ in range(3)]
+    alone = {content for answer in answers for content in await pictures(client, answer)}
+    assert alone == {beside}
+    assert drawn["meta"]["annotators"] == answers[0]["meta"]["annotators"]
+    (by_hand,) = await pictures(client, await draw(client, control_image=base64(beside), auto_hint="no", **wish))
+    assert by_hand == auto
+    (replica,) = (await client.post("/api/v1/enterprise/system_details", json={"key": KEY})).json()["annotators"]
+    assert (replica["annotate_calls"], replica["annotator_runs"]) == (5, 1)  # the sent map was not made
