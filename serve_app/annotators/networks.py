@@ -205,6 +205,7 @@ def _bare(kind: type[M]) -> M:
 def _transformer(name: str, path: Path) -> Any:
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     folder = path.parent
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -109,7 +109,7 @@ class TestEveryDetector:
         for param in ANNOTATORS[name].params:
             values = [not param.default] if isinstance(param, Switch) else [param.minimum, _upper(param)]
             for value in values:
-                control_map, info = detectors.annotate(name, photo(), **{param.name: value})
+                control_map, info = detectors.annotate(name, photo(), (96, 64), **{param.name: value})
                 assert control_map.shape == (64, 96, 3)
                 assert info.params[param.name] == value
 

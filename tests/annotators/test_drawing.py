@@ -29,7 +29,7 @@ def points(count: int, seed: int, missing: tuple[int, ...] = ()) -> Points:
 def library(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The drawing functions of controlnet-aux; they want one function of matplotlib, which is not installed."""
     colors: Any = SimpleNamespace(hsv_to_rgb=hsv_to_rgb)
-    monkeypatch.setitem(sys.modules, "matplotlib", SimpleNamespace(colors=colors))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "matplotlib", SimpleNamespace(colors=colors))
     return part("open_pose.util")
 
 

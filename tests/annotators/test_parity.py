@@ -27,7 +27,8 @@ def library() -> ModuleType:
         warnings.simplefilter("ignore")
         import controlnet_aux
 
-    return controlnet_aux
+    package: ModuleType = controlnet_aux
+    return package
 
 
 @pytest.mark.parametrize("scribble", [False, True])

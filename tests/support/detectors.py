@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import MappingProxyType, ModuleType, SimpleNamespace
 from typing import Any, Self
 
 import numpy as np
@@ -26,7 +26,10 @@ from serve_app.annotators.weights import NETWORKS, WEIGHTS, Weights, WeightStore
 from serve_app.controls import CONTROL_TYPES
 from serve_app.tasks import AnnotationInfo, AnnotationTask, ControlMap, ImageArray, JsonScalar
 
-PICKLES: Mapping[str, Callable[[], nn.Module]] = {
+Build = Callable[[], nn.Module]
+NOTHING: Mapping[str, Build] = MappingProxyType({})
+
+PICKLES: Mapping[str, Build] = {
     "hed": networks.hed_module,
     "pidinet": networks.pidinet_module,
     "mlsd": networks.mlsd_module,
@@ -45,10 +48,11 @@ _LAYERS_ONLY = {"openpose_body", "openpose_hand"}
 TASK = b"not a model, but its hash is checked"
 
 
-def published_state(name: str) -> dict[str, Tensor]:
+def published_state(name: str, build: Build | None = None) -> dict[str, Tensor]:
     """A random state dict with the names that the published file has."""
     with torch.device("meta"):
-        wanted = PICKLES[name]().state_dict()
+        network: nn.Module = (build or PICKLES[name])()
+    wanted: dict[str, Tensor] = network.state_dict()
     block = _block(len(name))
     scale = 0.1 if name.startswith("openpose") else 1  # so that nobody is found, instead of thousands
     state = {}
@@ -58,10 +62,10 @@ def published_state(name: str) -> dict[str, Tensor]:
     return state
 
 
-def write_pickle(folder: Path, name: str) -> Weights:
+def write_pickle(folder: Path, name: str, build: Build | None = None) -> Weights:
     """The published file of random numbers, and the row of WEIGHTS that has its hash."""
     row = WEIGHTS[name]
-    value: dict[str, Any] = published_state(name)
+    value: dict[str, Any] = published_state(name, build)
     for key in reversed(row.inner):
         value = {key: value}
     path = folder / row.repo / row.file
@@ -70,13 +74,13 @@ def write_pickle(folder: Path, name: str) -> Weights:
     return replace(row, sha256=sha256(path))
 
 
-def write_transformer(folder: Path, name: str) -> None:
+def write_transformer(folder: Path, name: str, build: Build | None = None) -> None:
     """A small model folder in the layout of the hub's cache, as ``weights fetch`` leaves it."""
     row = WEIGHTS[name]
     revision = row.revision or "f" * 40
     cached = folder / f"models--{row.repo.replace('/', '--')}"
     torch.manual_seed(len(name))
-    TRANSFORMERS[name]().eval().save_pretrained(cached / "snapshots" / revision)
+    (build or TRANSFORMERS[name])().eval().save_pretrained(cached / "snapshots" / revision)
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text(revision)
 
@@ -89,16 +93,19 @@ def write_task(folder: Path) -> Weights:
     return replace(row, sha256=sha256(path))
 
 
-def make_store(folder: Path, *names: str) -> WeightStore:
-    """Weights of these names, or of all, ready to be served; pickles are converted and deleted."""
+def make_store(folder: Path, *names: str, builders: Mapping[str, Build] = NOTHING) -> WeightStore:
+    """Weights of these names, or of all, ready to be served; pickles are converted and deleted.
+
+    ``builders``: other networks than the small ones, by name of their weights.
+    """
     table = dict(WEIGHTS)
     for name in names or tuple(WEIGHTS):
         if name in TRANSFORMERS:
-            write_transformer(folder, name)
+            write_transformer(folder, name, builders.get(name))
         elif name == "face_landmarker":
             table[name] = write_task(folder)
         else:
-            table[name] = write_pickle(folder, name)
+            table[name] = write_pickle(folder, name, builders.get(name))
             store = WeightStore(folder, table)
             assert convert(store, name) is not None
             (folder / table[name].repo / table[name].file).unlink()
@@ -234,7 +241,7 @@ def _spread(network: nn.Module) -> nn.Module:
     return network
 
 
-TRANSFORMERS: Mapping[str, Callable[[], nn.Module]] = {
+TRANSFORMERS: Mapping[str, Build] = {
     "depth_anything_v2": _depth_anything,
     "midas": _midas,
     "zoe": _zoe,
@@ -277,4 +284,5 @@ def fake_mediapipe(found: Callable[[Any], list[list[tuple[float, float]]]] | Non
     module.ImageFormat = SimpleNamespace(SRGB=1)
     vision = SimpleNamespace(FaceLandmarker=FaceLandmarker, FaceLandmarkerOptions=SimpleNamespace)
     module.tasks = SimpleNamespace(BaseOptions=SimpleNamespace, vision=vision)
-    return module
+    made: ModuleType = module
+    return made
