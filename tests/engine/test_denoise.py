@@ -47,6 +47,25 @@ def test_at_a_fixed_width_a_picture_is_bit_equal_beside_any_neighbours(zoo: Zoo)
 
 
 @torch.inference_mode()
+def test_at_a_fixed_width_an_sdxl_picture_is_bit_equal_beside_any_neighbours(zoo: Zoo) -> None:
+    def asked(*types: str, net: str = "xl-union", **changes: Any) -> GenerationTask:
+        wanted = tuple(ControlInput(net=net, control_type=name, scale=0.7) for name in types)
+        return task(**{"model": "xl", "family": "sdxl", "controls": wanted, **changes})
+
+    subject = asked("canny", "depth", prompt="subject")
+    crowd = [
+        asked("openpose", "depth", "canny"),
+        asked("canny", net="xl-canny", guidance_scale=1.0),
+        asked("canny", guess_mode=True),
+    ]
+    (alone,) = predict(seats(zoo, subject), no_beat, pad_to=8).guided
+    for place in range(len(crowd) + 1):
+        before = seats(zoo, *crowd[:place])
+        together = [*before, *seats(zoo, subject), *seats(zoo, *crowd[place:])]
+        assert torch.equal(predict(together, no_beat, pad_to=8).guided[len(before)], alone)
+
+
+@torch.inference_mode()
 def test_at_a_fixed_width_every_forward_has_that_many_rows(zoo: Zoo) -> None:
     rows: list[int] = []
     hooks = [
