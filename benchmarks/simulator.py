@@ -285,8 +285,16 @@ def show(rows: Sequence[Row]) -> None:
         )
 
 
+FIGURES: Mapping[str, Callable[[Row], float]] = {
+    "mean latency, s": lambda row: row.mean_latency_s,
+    "worst wait between two steps, s": lambda row: row.worst_wait_s,
+    "share of device time": lambda row: row.device_share,
+}
+"""What is plotted, a row of panels each."""
+
+
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Mean latency of each size under each policy, a panel a workload."""
+    """``FIGURES`` of each size under each policy, a column of panels a workload."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -295,23 +303,20 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     names = list(dict.fromkeys(row.workload for row in rows))
     rivals = list(dict.fromkeys(row.policy for row in rows))
     figure, panels = plt.subplots(
-        1, len(names), figsize=(3.2 * len(names), 3.6), sharex=True, sharey=True, layout="constrained"
+        len(FIGURES), len(names), figsize=(3.2 * len(names), 9), sharex="row", sharey=True, layout="constrained"
     )
-    for panel, name in zip(panels, names, strict=True):
-        for side, marker in ((LARGE, "s"), (MIDDLE, "D"), (SMALL, "o")):
-            found = [row for row in rows if (row.workload, row.side) == (name, side)]
-            panel.plot(
-                [row.mean_latency_s for row in found],
-                [rivals.index(row.policy) for row in found],
-                marker,
-                label=f"latent {side} x {side}",
-            )
-        panel.set(title=name, xlabel="mean latency, s", xscale="log")
-        panel.set_yticks(range(len(rivals)), rivals)
-        panel.grid(alpha=0.3)
-    panels[0].invert_yaxis()
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=3)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    for (label, read), line in zip(FIGURES.items(), panels, strict=True):
+        for panel, name in zip(line, names, strict=True):
+            for side, marker in ((LARGE, "s"), (MIDDLE, "D"), (SMALL, "o")):
+                found = [row for row in rows if (row.workload, row.side) == (name, side)]
+                places = [rivals.index(row.policy) for row in found]
+                panel.plot([read(row) for row in found], places, marker, label=f"latent {side} x {side}")
+            panel.set(title=name, xlabel=label, xscale="log" if label.endswith(", s") else "linear")
+            panel.set_yticks(range(len(rivals)), rivals)
+            panel.grid(alpha=0.3)
+    panels[0, 0].invert_yaxis()
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=3)
+    figure.savefig(path, dpi=90, metadata={"Software": None})
 
 
 def main(arguments: Sequence[str]) -> None:
