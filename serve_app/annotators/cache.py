@@ -39,6 +39,10 @@ _TROUBLE = (SQLAlchemyError, OSError)
 _FORMAT: Final = 1
 """Raise it when what a key stands for changes."""
 
+KEPT_S: Final = 24 * 3600.0
+"""A map that nobody uses for so long is deleted, however much room there is: it shows somebody's photo."""
+_SWEEP_EVERY_S: Final = 3600.0
+
 _PATIENCE_S: Final = 300.0
 """How long a replica waits for another's map before it makes its own."""
 
@@ -111,6 +115,7 @@ class MapCache:
         self._memory = _Memory(memory_bytes)
         self._shared_bytes = shared_bytes
         self._lease_s = lease_s
+        self._sweep_at = 0.0
         self._making: dict[str, asyncio.Task[MadeMap]] = {}
 
     async def get(self, key: str, caching: Caching, make: Make) -> MadeMap:
@@ -225,13 +230,12 @@ class MapCache:
         made = replace(made, png=png)
         try:
             while (gone := self._reserve(key, holder, len(png))) is not None:
-                for old in gone:
-                    self._objects.delete(_object(old))
-                self._index.drop(holder, *gone)
+                self._delete(holder, gone)
             self._objects.put(_object(key), png, "image/png")
             ready = ReadyMap(made.info.model_dump_json(), hashlib.sha256(png).hexdigest())
             if not self._index.publish(key, holder, ready) and not self._index.known(key):
                 self._objects.delete(_object(key))  # this process stood still, and others have cleaned up behind it
+            self._sweep(holder)
             self._meter.set("map_cache_bytes", self._index.total_bytes())
         except KeyError:
             self._let_go(key, holder)  # no room
@@ -239,6 +243,19 @@ class MapCache:
             logger.warning("a control map could not be shared", exc_info=True)
             self._let_go(key, holder)
         return made
+
+    def _sweep(self, holder: str) -> None:
+        if time.monotonic() < self._sweep_at:
+            return
+        self._sweep_at = time.monotonic() + _SWEEP_EVERY_S
+        while gone := self._index.take_old(holder, KEPT_S, self._lease_s):
+            self._delete(holder, gone)
+
+    def _delete(self, holder: str, keys: tuple[str, ...]) -> None:
+        """Objects first: what has a row is counted."""
+        for key in keys:
+            self._objects.delete(_object(key))
+        self._index.drop(holder, *keys)
 
     def _reserve(self, key: str, holder: str, size_bytes: int) -> tuple[str, ...] | None:
         return self._index.reserve(key, holder, size_bytes, self._shared_bytes, self._lease_s)

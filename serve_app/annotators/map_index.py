@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from serve_app.database import Database, control_maps
 
 _MAPS_LOCK: Final = 4
+_AT_ONCE: Final = 100
 _ROOM: Final = 16
 """When there is no room, this part of the budget is made free."""
 
@@ -109,6 +110,19 @@ class MapIndex:
             # The condition again: one of them may have been taken meanwhile.
             taken = sa.update(control_maps).where(control_maps.c.key.in_(going), free).values(held)
             return tuple(connection.scalars(taken.returning(control_maps.c.key)))
+
+    def take_old(self, holder: str, age_s: float, lease_s: float) -> tuple[str, ...]:
+        """Some of the maps that nobody has used for ``age_s``: ``holder`` holds them now, to ``drop`` them."""
+        now = self._database.now_sql()
+        free = sa.or_(control_maps.c.holder.is_(None), control_maps.c.lease_until < now)
+        old = sa.and_(control_maps.c.used_at < now - age_s, free)
+        some = sa.select(control_maps.c.key).where(old).order_by(control_maps.c.key).limit(_AT_ONCE)
+        held = {"info": None, "digest": None, "holder": holder, "lease_until": now + lease_s}
+        with self._database.transaction() as connection:
+            self._database.lock(connection, _MAPS_LOCK)
+            keys = connection.scalars(some).all()
+            taken = sa.update(control_maps).where(control_maps.c.key.in_(keys), free).values(held)
+            return tuple(connection.scalars(taken.returning(control_maps.c.key))) if keys else ()
 
     def publish(self, key: str, holder: str, ready: ReadyMap) -> bool:
         """The object is there: everybody may use it. False: the lease was lost."""
