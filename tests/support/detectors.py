@@ -80,7 +80,8 @@ def write_transformer(folder: Path, name: str, build: Build | None = None) -> No
     revision = row.revision or "f" * 40
     cached = folder / f"models--{row.repo.replace('/', '--')}"
     torch.manual_seed(len(name))
-    (build or TRANSFORMERS[name])().eval().save_pretrained(cached / "snapshots" / revision)
+    network: Any = (build or TRANSFORMERS[name])()
+    network.eval().save_pretrained(cached / "snapshots" / revision)
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text(revision)
 
