@@ -85,7 +85,8 @@ class Missing:
 
 Readiness = Ready | Missing
 
-# Hashes and the commit are those that the hub shows for these files.
+# Hashes and the commit are those that public code which fetches these files states. They were not compared with the hub
+# itself; a wrong one refuses a good file and never lets in a bad one.
 _ANNOTATORS = "lllyasviel/Annotators"
 _COMMIT = "982e7edaec38759d914a963c48c4726685de7d96"
 _FACE_LANDMARKER = "mediapipe-models/face_landmarker/face_landmarker/float16/1/face_landmarker.task"
