@@ -12,7 +12,7 @@ from serve_app.models.catalog import ModelType
 from serve_app.models.demo import captions, latents
 from serve_app.models.demo.autoencoder import as_pixels
 from serve_app.models.demo.control_maps import CLASS_COLOURS, GROUND_COLOUR, MAKERS, as_hint
-from serve_app.models.demo.diffusion import MIN_SNR, NoiseSource
+from serve_app.models.demo.diffusion import MIN_SNR, NOISE_OFFSET, NoiseSource
 from serve_app.models.demo.export import export
 from serve_app.models.demo.networks import make_net, make_unet, make_vae
 from serve_app.models.demo.scenes import COLOURS, JITTER, Item, Scene, render, sample_scene
@@ -128,13 +128,16 @@ def test_noise_follows_stable_diffusions_schedule() -> None:
     torch.manual_seed(0)
     noised = source.add(torch.ones(1000, 4, 8, 8))
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    alphas = (1 - betas).cumprod(dim=0)[noised.timesteps].float()
-    rebuilt = alphas.sqrt()[:, None, None, None] + (1 - alphas).sqrt()[:, None, None, None] * noised.noise
-    assert torch.allclose(rebuilt, noised.latents, atol=1e-5)
-    assert sorted(noised.timesteps.tolist()) == list(range(1000))  # evenly spread
+    alphas = (1 - betas).cumprod(dim=0)[noised.timesteps].float()[:, None, None, None]
+    noise = alphas.sqrt() * noised.target + (1 - alphas).sqrt() * noised.latents
+    latents = alphas.sqrt() * noised.latents - (1 - alphas).sqrt() * noised.target
+    assert torch.allclose(latents, torch.ones_like(latents), atol=1e-4)
+    assert float(noise.std()) == pytest.approx((1 + NOISE_OFFSET**2) ** 0.5, rel=0.01)
+    assert float((noised.timesteps < 500).float().mean()) == pytest.approx(0.25, abs=0.01)
+    assert int(noised.timesteps.max()) == 999
     assert noised.weights.max() == 1
-    assert noised.weights.min() == pytest.approx(MIN_SNR / (alphas.max() / (1 - alphas.max())).item(), rel=1e-3)
-    assert noised.loss(noised.noise) == 0
+    assert noised.weights.min() == pytest.approx((MIN_SNR + 1) * float(1 - alphas.max()), rel=1e-3)
+    assert noised.loss(noised.target) == 0
 
 
 def test_a_net_starts_without_a_say() -> None:
@@ -170,7 +173,7 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A hundredth of the training, from scratch, to where the first net is trained."""
     work = tmp_path_factory.mktemp("training")
     torch.set_num_threads(1)
-    for stage in ("autoencoder", "latents", "decoder", "diffusion", "served-size", "canny"):
+    for stage in ("autoencoder", "latents", "decoder", "words", "diffusion", "served-size", "canny"):
         run(stage, work, SHORT, bf16=False)
     return work
 
@@ -180,17 +183,18 @@ def losses(folder: Path) -> list[float]:
 
 
 def test_a_hundredth_of_the_training_learns(trial: Path) -> None:
-    assert np.mean(losses(trial / "diffusion")[-10:]) < 0.9 * np.mean(losses(trial / "diffusion")[:10])
-    assert losses(trial / "autoencoder")[-1] < losses(trial / "autoencoder")[0]
-    for stage in ("decoder", "served-size", "canny"):
+    curve = losses(trial / "diffusion")
+    assert len(curve) == 30
+    assert np.mean(curve[-10:]) < 0.9 * np.mean(curve[:10])
+    for stage in ("autoencoder", "decoder", "words", "served-size", "canny"):
         assert np.isfinite(losses(trial / stage)).all()
 
 
 def test_a_stopped_training_goes_on_as_if_it_had_not_been(trial: Path, tmp_path: Path) -> None:
     (tmp_path / "latents").symlink_to(trial / "latents")
     for until in (3, 5):
-        run("diffusion", tmp_path, SHORT, bf16=False, until=until)
-    assert losses(tmp_path / "diffusion") == losses(trial / "diffusion")[:5]
+        run("words", tmp_path, SHORT, bf16=False, until=until)
+    assert losses(tmp_path / "words") == losses(trial / "words")[:5]
 
 
 def test_latents_are_filled_by_workers_and_kept(trial: Path, tmp_path: Path) -> None:
@@ -210,7 +214,7 @@ def test_a_stage_out_of_turn_says_which_comes_first(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="autoencoder"):
         run("latents", tmp_path, SHORT, bf16=False)
     with pytest.raises(FileNotFoundError, match="latents"):
-        run("diffusion", tmp_path, SHORT, bf16=False)
+        run("words", tmp_path, SHORT, bf16=False)
 
 
 def test_what_is_exported_loads_and_draws_in_half_the_bytes(trial: Path, tmp_path: Path) -> None:

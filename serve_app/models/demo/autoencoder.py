@@ -21,7 +21,7 @@ from serve_app.tasks import ImageArray
 BATCHES: tuple[tuple[int, int], ...] = ((128, 4), (256, 1), (128, 4), (256, 1), (128, 4), (512, 1))
 """Side and number of pictures in a batch, by turns. Those of ``CROP`` are cut out of larger ones."""
 CROP = 128
-DECODER_BATCHES: tuple[tuple[int, int], ...] = ((512, 1), (256, 4), (128, 6), (256, 4))
+DECODER_BATCHES: tuple[tuple[int, int], ...] = ((128, 4), (256, 2), (128, 4), (512, 1))
 _KL = 1e-4
 _EDGES = 1.0
 _NOISE_PICTURES = 0.15

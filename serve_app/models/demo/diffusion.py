@@ -1,9 +1,13 @@
 """The middle stage: UNet, text encoder and a first ControlNet learn together to take noise out of captioned scenes.
 
-As Stable Diffusion 1.5: the noise is predicted, prompts are dropped now and then for guidance. Different: steps of much
-noise count for more (min-SNR); noise has a common offset per picture and channel, without which a network learns to
-read the ground's colour off the last steps' noise instead of the prompt; and half of each batch is guided by line
-drawings from the start, which costs little and lets the colours be learned before the shapes.
+As Stable Diffusion: one noise schedule, prompts dropped now and then for guidance. What differs from 1.5, and why:
+
+- The network predicts v, a mix of noise and picture, as in 2.1. Where there is much noise the prompt is all that says
+  what the picture is, and an error of the picture hardly shows in an error of the noise: after 900 steps of predicting
+  noise the prompt had no influence.
+- Steps of little noise count for less (min-SNR).
+- Noise has a common offset per picture and channel, or the ground's colour could be read off the noisiest steps.
+- Half of each batch is guided by line drawings from the start: colours can be learned before shapes.
 """
 
 from collections.abc import Sequence
@@ -25,14 +29,36 @@ from serve_app.models.demo.scenes import Scene, render
 from serve_app.models.demo.tokenizer import MAX_TOKENS, build_tokenizer
 
 MIN_SNR = 5.0
-"""Hang et al., Efficient Diffusion Training via Min-SNR Weighting Strategy (2023), section 3.4."""
+"""Hang et al., Efficient Diffusion Training via Min-SNR Weighting Strategy (2023), section 3.4; here the plain loss
+of v where the ratio is below this."""
 NOISE_OFFSET = 0.1
 """Standard deviation of what all cells of a channel have in common. Guttenberg, Diffusion with Offset Noise (2023)."""
 DROPPED = 0.1
 Batches = tuple[tuple[int, int], ...]
-BATCHES: Batches = ((128, 16), (128, 16), (128, 16), (256, 6))
-"""Side and number of pictures in a batch, by turns. What words mean is learned from small, cheap pictures."""
-LAST_BATCHES: Batches = ((512, 2), (256, 6))
+"""Side and number of pictures in a batch, by turns."""
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """One part of the training of the base model."""
+
+    name: str
+    seed: int
+    batches: Batches
+    guided: float
+    """Share of each batch that is guided by line drawings."""
+    from_step: int = 0
+    """Least timestep."""
+
+
+PHASES: tuple[Phase, ...] = (
+    Phase("words", 20, ((64, 64),), guided=0.0, from_step=600),
+    Phase("diffusion", 21, ((128, 16), (128, 16), (128, 16), (256, 6)), guided=0.5),
+    Phase("served-size", 22, ((512, 2), (256, 6)), guided=0.5),
+)
+"""In order; each goes on from the one before. First what words mean, from many tiny pictures that are nearly noise,
+where nothing but the prompt says what they are: without this phase the prompt had no influence after 900 steps.
+"""
 LINES = ("canny", "canny", "lineart", "scribble")
 """What the first ControlNet is shown, each as often as it is named."""
 
@@ -43,34 +69,43 @@ class Noised:
 
     latents: Tensor
     """(B, 4, h, w)."""
-    noise: Tensor
+    target: Tensor
+    """(B, 4, h, w): v, see ``NoiseSource``."""
     timesteps: Tensor
     """(B,) int64."""
     weights: Tensor
     """(B,)."""
 
     def loss(self, predicted: Tensor) -> Tensor:
-        error = (predicted.float() - self.noise).pow(2).mean(dim=(1, 2, 3))
+        error = (predicted.float() - self.target).pow(2).mean(dim=(1, 2, 3))
         return (self.weights * error).mean()
 
 
 class NoiseSource:
-    """Adds noise by Stable Diffusion's schedule."""
+    """Adds noise by Stable Diffusion's schedule: x = a latent + s noise, with a^2 + s^2 = 1.
+
+    v = a noise - s latent (Salimans and Ho, Progressive Distillation, 2022, appendix D).
+    """
 
     def __init__(self) -> None:
         alphas = DDPMScheduler.from_config(dict(NOISE_SCHEDULE)).alphas_cumprod
         self.signal, self.spread = alphas.sqrt(), (1 - alphas).sqrt()
         snr = alphas / (1 - alphas)
-        self.weights = snr.clamp(max=MIN_SNR) / snr
+        self.weights = (snr.clamp(max=MIN_SNR) + 1) / (snr + 1)
 
-    def add(self, latents: Tensor) -> Noised:
-        """Timesteps are spread evenly over the batch, which makes its loss less a matter of luck."""
+    def add(self, latents: Tensor, from_step: int = 0) -> Noised:
+        """Timesteps are spread over the batch, which makes its loss less a matter of luck, and the noisy ones denser:
+        step t is drawn as often as t is great, for there the picture is decided.
+        """
         count = len(latents)
         steps = len(self.signal)
-        timesteps = ((torch.randperm(count) + torch.rand(count)) / count * steps).long().clamp(max=steps - 1)
+        shares = (torch.randperm(count) + torch.rand(count)) / count
+        timesteps = (from_step + shares.sqrt() * (steps - from_step)).long().clamp(max=steps - 1)
         noise = torch.randn_like(latents) + NOISE_OFFSET * torch.randn(*latents.shape[:2], 1, 1)
-        noisy = self.signal[timesteps, None, None, None] * latents + self.spread[timesteps, None, None, None] * noise
-        return Noised(noisy, noise, timesteps, self.weights[timesteps])
+        signal, spread = (table[timesteps, None, None, None] for table in (self.signal, self.spread))
+        return Noised(
+            signal * latents + spread * noise, signal * noise - spread * latents, timesteps, self.weights[timesteps]
+        )
 
 
 class Prompts:
@@ -80,9 +115,13 @@ class Prompts:
         self.tokenizer, self.dropped = tokenizer, dropped
 
     def tokens(self, scenes: Sequence[Scene], random: np.random.Generator) -> Tensor:
-        """(B, 77) int64."""
+        """(B, 77) int64, or every other time no longer than the longest text.
+
+        Among 77 tokens, most of them padding, a word has hardly any weight until attention has learned to look for it.
+        """
         texts = ["" if random.random() < self.dropped else caption(scene, random) for scene in scenes]
-        ids = self.tokenizer(texts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+        padding = "longest" if random.random() < 0.5 else "max_length"  # noqa: PLR2004  - a coin
+        ids = self.tokenizer(texts, padding=padding, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
         tokens: Tensor = ids.input_ids
         return tokens
 
@@ -113,14 +152,16 @@ class DiffusionModel(nn.Module):
         self.net: ControlNetModel = make_net(self.unet)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """(B, 77) to (B, 77, 96)."""
+        """(B, tokens) to (B, tokens, 96)."""
         embedded: Tensor = self.text_encoder(tokens).last_hidden_state
         return embedded
 
 
 def predict(unet: UNet2DConditionModel, net: ControlNetModel, noised: Noised, text: Tensor, hints: Tensor) -> Tensor:
-    """The predicted noise (B, 4, h, w); ``hints`` (n, 3, H, W) guide the first n rows."""
+    """The predicted v (B, 4, h, w); ``hints`` (n, 3, H, W) guide the first n rows."""
     guided = len(hints)
+    if not guided:
+        return unet(noised.latents, noised.timesteps, text).sample
     down, middle = net(noised.latents[:guided], noised.timesteps[:guided], text[:guided], hints, return_dict=False)
     spread = [torch.cat([each, each.new_zeros(len(text) - guided, *each.shape[1:])]) for each in (*down, middle)]
     predicted: Tensor = unet(
@@ -134,10 +175,10 @@ def predict(unet: UNet2DConditionModel, net: ControlNetModel, noised: Noised, te
 
 
 class DiffusionStage:
-    """``last``: the end of the training, on pictures of the sizes that are served."""
+    """One phase of the base model's training."""
 
-    def __init__(self, latents: Path, *, bf16: bool, last: bool = False) -> None:
-        self.name, self.seed, batches = ("served-size", 22, LAST_BATCHES) if last else ("diffusion", 21, BATCHES)
+    def __init__(self, phase: Phase, latents: Path, *, bf16: bool) -> None:
+        self.name, self.seed, self.phase = phase.name, phase.seed, phase
         torch.manual_seed(self.seed)
         self.model = DiffusionModel()
         self.trained: nn.Module = self.model
@@ -145,16 +186,20 @@ class DiffusionStage:
             AttnProcessor()
         )  # on a CPU, for small pictures, four times as fast backwards
         self.bf16 = bf16
-        self.scenes, self.noise = Scenes(latents, batches), NoiseSource()
+        self.scenes, self.noise = Scenes(latents, phase.batches), NoiseSource()
         self.prompts = Prompts(self.model.tokenizer, DROPPED)
 
     def loss(self, step: int, random: np.random.Generator) -> Tensor:
         side, scenes, latents = self.scenes.draw(step, random)
-        noised = self.noise.add(latents)
+        noised = self.noise.add(latents, self.phase.from_step)
         tokens = self.prompts.tokens(scenes, random)
-        hints = torch.cat([self._hint(side, scene, random) for scene in scenes[: len(scenes) // 2]])
+        guided = round(self.phase.guided * len(scenes))
+        hints = [self._hint(side, scene, random) for scene in scenes[:guided]]
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
-            predicted = predict(self.model.unet, self.model.net, noised, self.model.embed(tokens), hints)
+            text = self.model.embed(tokens)
+            predicted = predict(
+                self.model.unet, self.model.net, noised, text, torch.cat(hints) if hints else tokens[:0]
+            )
         return noised.loss(predicted)
 
     def _hint(self, side: int, scene: Scene, random: np.random.Generator) -> Tensor:

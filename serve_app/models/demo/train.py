@@ -1,7 +1,8 @@
 """Trains the demo model: ``python -m serve_app.models.demo.train STAGE --work FOLDER``.
 
-Stages, in order: autoencoder, latents, decoder, diffusion, served-size, one per control type. Each continues where it
-was stopped. Decoder and diffusion need nothing of each other and may run side by side, and so may the control types.
+Stages, in order: autoencoder, latents, decoder, words, diffusion, served-size, one per control type; ``all`` is all of
+them. Each continues where it was stopped. The decoder needs nothing of the stages after it and may run beside them; so
+may the control types beside each other.
 """
 
 import argparse
@@ -16,11 +17,12 @@ from serve_app.models.demo import latents
 from serve_app.models.demo.autoencoder import AutoencoderStage, DecoderStage, decoder_of
 from serve_app.models.demo.control import ControlStage
 from serve_app.models.demo.control_maps import MAKERS
-from serve_app.models.demo.diffusion import DiffusionModel, DiffusionStage
+from serve_app.models.demo.diffusion import PHASES, DiffusionModel, DiffusionStage
 from serve_app.models.demo.networks import make_vae
 from serve_app.models.demo.training import Schedule, Stage, Training, restore
 
-STAGES = ("autoencoder", "latents", "decoder", "diffusion", "served-size", *MAKERS)
+_PHASES = tuple(phase.name for phase in PHASES)
+STAGES = ("autoencoder", "latents", "decoder", *_PHASES, *MAKERS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,47 +31,57 @@ class Plan:
 
     autoencoder: Schedule
     decoder: Schedule
-    diffusion: Schedule
-    served_size: Schedule
+    phases: Mapping[str, Schedule]
+    """Of the base model, by name."""
     net: Schedule
     scenes: Mapping[int, int]
     """Side of the picture to number of scenes."""
 
     def shortened(self, share: float) -> "Plan":
         """The same with a share of the steps and scenes, at least as many as a batch takes."""
-        shorter = {
-            name: replace(
+
+        def shorter(schedule: Schedule) -> Schedule:
+            return replace(
                 schedule,
                 steps=max(1, round(schedule.steps * share)),
                 warmup=round(schedule.warmup * share),
                 save_every=max(1, round(schedule.save_every * share)),
             )
-            for name in ("autoencoder", "decoder", "diffusion", "served_size", "net")
-            for schedule in (getattr(self, name),)
-        }
-        scenes = {side: max(16, round(count * share)) for side, count in self.scenes.items()}
-        return replace(self, scenes=scenes, **shorter)
+
+        return Plan(
+            autoencoder=shorter(self.autoencoder),
+            decoder=shorter(self.decoder),
+            phases={name: shorter(schedule) for name, schedule in self.phases.items()},
+            net=shorter(self.net),
+            scenes={side: max(64, round(count * share)) for side, count in self.scenes.items()},
+        )
 
 
 PLAN = Plan(
     autoencoder=Schedule(steps=700, rate=1.5e-3, warmup=20, decay=0.99, save_every=50),
-    decoder=Schedule(steps=800, rate=1e-3, warmup=20, decay=0.995, save_every=50),
-    diffusion=Schedule(steps=3000, rate=1e-3, decay=0.995),
-    served_size=Schedule(steps=300, rate=3e-4, warmup=20, decay=0.99),
+    decoder=Schedule(steps=1400, rate=1e-3, warmup=20, decay=0.995, save_every=50),
+    phases={
+        "words": Schedule(steps=500, rate=1e-3, decay=0.99),
+        "diffusion": Schedule(steps=3000, rate=1e-3, decay=0.995),
+        "served-size": Schedule(steps=300, rate=3e-4, warmup=20, decay=0.99),
+    },
     net=Schedule(steps=300, rate=1e-3, warmup=20, decay=0.99),
-    scenes={128: 6_000, 256: 1_600, 512: 300},
+    scenes={64: 6_000, 128: 6_000, 256: 1_600, 512: 300},
 )
 
 
 def run(
     stage: str, work: Path, plan: Plan, *, bf16: bool, until: int | None = None, worker: int = 0, workers: int = 1
 ) -> None:
-    """Run or continue one stage in the folder ``work``.
+    """Run or continue one stage, or all of them in order, in the folder ``work``. What is done is passed over.
 
     Raises:
         FileNotFoundError: an earlier stage has to come first.
     """
-    if stage == "autoencoder":
+    if stage == "all":
+        for each in STAGES:
+            run(each, work, plan, bf16=bf16, until=until, worker=worker, workers=workers)
+    elif stage == "autoencoder":
         _train(AutoencoderStage(bf16=bf16), plan.autoencoder, work, until)
     elif stage == "latents":
         vae = encoder(work)
@@ -77,12 +89,8 @@ def run(
             latents.fill(vae, work / "latents", side, count, worker=worker, workers=workers)
     elif stage == "decoder":
         _train(DecoderStage(encoder(work), bf16=bf16), plan.decoder, work, until)
-    elif stage == "diffusion":
-        _train(DiffusionStage(work / "latents", bf16=bf16), plan.diffusion, work, until)
-    elif stage == "served-size":
-        last = DiffusionStage(work / "latents", bf16=bf16, last=True)
-        restore(last.model, work / "diffusion")
-        _train(last, plan.served_size, work, until)
+    elif stage in _PHASES:
+        _train_phase(stage, plan, work, bf16=bf16, until=until)
     else:
         net = ControlStage(stage, diffusion_model(work), work / "latents", bf16=bf16)
         _train(net, plan.net, work, until)
@@ -105,8 +113,16 @@ def autoencoder(work: Path) -> AutoencoderKL:
 
 def diffusion_model(work: Path) -> DiffusionModel:
     model = DiffusionModel()
-    restore(model, work / "served-size")
+    restore(model, work / _PHASES[-1])
     return model.eval()
+
+
+def _train_phase(name: str, plan: Plan, work: Path, *, bf16: bool, until: int | None) -> None:
+    number = _PHASES.index(name)
+    stage = DiffusionStage(PHASES[number], work / "latents", bf16=bf16)
+    if number:
+        restore(stage.model, work / _PHASES[number - 1])
+    _train(stage, plan.phases[name], work, until)
 
 
 def _train(stage: Stage, schedule: Schedule, work: Path, until: int | None) -> None:
@@ -115,7 +131,7 @@ def _train(stage: Stage, schedule: Schedule, work: Path, until: int | None) -> N
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("stage", choices=(*STAGES, "all"))
     parser.add_argument("--work", type=Path, required=True, help="folder of checkpoints, latents and loss curves")
     parser.add_argument("--until", type=int, help="stop after this step; the schedule stays as it is")
     parser.add_argument("--share", type=float, default=1.0, help="share of the full training, for a trial")
