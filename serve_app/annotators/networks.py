@@ -2,7 +2,7 @@
 
 Each takes the path that ``WeightStore.served`` gives and returns a module in eval mode, float32, on the CPU, without
 gradients. Architectures of controlnet-aux are built empty and given the file's tensors as they are; a weight that is
-missing or left over is an error, for else it would silently be random.
+missing is an error, for else it would silently be random, and so is one left over, save in OpenPose's files.
 
 Raises, all of them: ModelLoadFailed (damaged, or another network's weights), UnsafeModel (asks for code).
 """
@@ -101,12 +101,14 @@ def normal_bae_module() -> nn.Module:
 
 
 def leres(path: Path) -> nn.Module:
-    return _filled(leres_module, path)
+    """Input ImageNet-normalised, output (1, 1, H, W): relative depth, far is large."""
+    network: nn.Module = _filled(leres_module, path).depth_model
+    return network
 
 
 def leres_module() -> nn.Module:
-    """Input ImageNet-normalised, output (1, 1, H, W): relative depth, far is large."""
-    network: nn.Module = part("leres.leres.multi_depth_model_woauxi").RelDepthModel("resnext101").depth_model
+    """What the file names its tensors after: a wrapper that can't be called, whose ``depth_model`` is the network."""
+    network: nn.Module = part("leres.leres.multi_depth_model_woauxi").RelDepthModel("resnext101")
     return network
 
 
@@ -162,14 +164,17 @@ def upernet(path: Path) -> nn.Module:
 def _filled(
     build: Callable[[], nn.Module], path: Path, state: State | None = None, *, layers_only: bool = False
 ) -> nn.Module:
-    """``layers_only``: the file names layers without the block they are in, as OpenPose's Caffe models do."""
+    """``layers_only``: the file names layers without the block they are in, as OpenPose's Caffe models do.
+
+    What else such a file holds is left alone, as ``util.transfer`` of controlnet-aux does.
+    """
     state = _state(path) if state is None else state
     with torch.device("meta"):  # no memory and no time for numbers that the file replaces
         network = build()
     wanted = network.state_dict()
     names = {name: name.partition(".")[2] if layers_only else name for name in wanted}
     missing = [name for name, key in names.items() if key not in state and not name.endswith(_COUNTER)]
-    extra = sorted(set(state) - set(names.values()))
+    extra = [] if layers_only else sorted(set(state) - set(names.values()))
     if missing or extra:
         raise ModelLoadFailed(
             f"{path}: not the weights of this network: {len(missing)} of {len(wanted)} are missing, "

@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
-from serve_app.annotators import ANNOTATORS, Missing, Ready, readiness
+from serve_app.annotators import ANNOTATORS, Missing, Ready, networks, readiness
 from serve_app.annotators.convert import convert, fetch, verify
+from serve_app.annotators.isolation import part
 from serve_app.annotators.weights import NETWORKS, WEIGHTS, WeightStore
 from serve_app.config import FetchConfig
 from serve_app.errors import AnnotatorUnavailable, ModelLoadFailed, UnsafeModel
@@ -95,6 +97,26 @@ class TestConvert:
                 torch.equal(file.get_tensor(name.removeprefix("module.")), published[name]) for name in published
             )
             assert file.metadata()["source_sha256"] == store.row("pidinet").sha256
+
+    def test_leres_is_converted_from_the_names_that_its_library_loads(self, tmp_path: Path) -> None:
+        """``LeresDetector.from_pretrained`` of controlnet-aux 0.0.10: RelDepthModel, strictly, less ``module.``."""
+        with torch.device("meta"):
+            library = part("leres.leres.multi_depth_model_woauxi").RelDepthModel("resnext101").state_dict()
+            ours = networks.leres_module().state_dict()
+        row = WEIGHTS["leres"]
+        path = tmp_path / row.repo / row.file
+        path.parent.mkdir(parents=True)
+        torch.save({"depth_model": {f"module.{name}": torch.zeros(1) for name in library}}, path)
+        made = convert(WeightStore(tmp_path, {**WEIGHTS, "leres": replace(row, sha256=sha256(path))}), "leres")
+        assert made is not None
+        with safe_open(made, framework="pt") as file:
+            assert set(file.keys()) == set(library) == set(ours)
+
+    def test_what_openpose_does_not_need_is_left_alone(self, tmp_path: Path) -> None:
+        """As ``util.transfer`` of controlnet-aux, which takes what the network has from the file."""
+        path = tmp_path / "hand_pose_model.safetensors"
+        save_file(published_state("openpose_hand") | {"Mconv8_stage7.weight": torch.zeros(1)}, path)
+        assert not networks.openpose_hand(path).training
 
     def test_another_file_is_not_read(self, tmp_path: Path) -> None:
         write_pickle(tmp_path, "pidinet")

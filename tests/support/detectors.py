@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from serve_app.annotators import ANNOTATORS, annotate, networks
 from serve_app.annotators.convert import convert
 from serve_app.annotators.detectors import DetectorHost
+from serve_app.annotators.isolation import part
 from serve_app.annotators.weights import NETWORKS, WEIGHTS, Weights, WeightStore
 from serve_app.controls import CONTROL_TYPES
 from serve_app.tasks import AnnotationInfo, AnnotationTask, ControlMap, ImageArray, JsonScalar
@@ -37,7 +38,7 @@ PICKLES: Mapping[str, Build] = {
     "lineart_coarse": networks.lineart_module,
     "lineart_anime": lambda: networks.lineart_anime_module(width=8),
     "normal_bae": networks.normal_bae_module,
-    "leres": networks.leres_module,
+    "leres": lambda: part("leres.leres.multi_depth_model_woauxi").RelDepthModel("resnext101"),
     "openpose_body": networks.openpose_body_module,
     "openpose_hand": networks.openpose_hand_module,
     "openpose_face": networks.openpose_face_module,
