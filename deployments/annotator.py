@@ -7,7 +7,7 @@ import ray
 from deployments.observability import RayMeter
 from deployments.process import node_name, replica_name
 from serve_app.backend import AnnotatorStats
-from serve_app.config import AppConfig
+from serve_app.config import AnnotatorConfig, AppConfig
 from serve_app.tasks import AnnotationInfo, AnnotationTask, ImageArray, MapOutput
 
 
@@ -21,7 +21,8 @@ class Annotator:
         # torch, imported with the first detector that needs it, takes its threads from this process's environment.
         cv2.setNumThreads(config.annotator.threads)
         resources = open_resources(config)
-        self._service = open_annotators(config, resources.database, resources.objects, RayMeter())
+        placed = config.model_copy(update={"annotator": on_its_device(config.annotator)})
+        self._service = open_annotators(placed, resources.database, resources.objects, RayMeter())
 
     async def annotate(
         self, task: AnnotationTask, image: ImageArray, mask: ImageArray | None, output: MapOutput | None
@@ -35,3 +36,13 @@ class Annotator:
 
     async def __del__(self) -> None:
         await self._service.close()
+
+
+def on_its_device(config: AnnotatorConfig) -> AnnotatorConfig:
+    """The configuration with ``auto`` resolved to the CPU for a replica that asked Ray for no GPU.
+
+    Ray leaves every GPU of the node visible to an actor with ``num_gpus: 0``, so torch would see those of others.
+    """
+    if config.device == "auto" and config.num_gpus == 0:
+        return config.model_copy(update={"device": "cpu"})
+    return config
