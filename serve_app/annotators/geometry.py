@@ -18,6 +18,9 @@ from serve_app.annotators.source import Source
 from serve_app.images import resize_image, resize_map
 from serve_app.tasks import ControlMap, ImageArray
 
+_SHORTEST = 32
+"""The most that a network here halves a picture by, but for one that gets it padded to 256."""
+
 
 @dataclass(frozen=True, slots=True)
 class View:
@@ -61,14 +64,16 @@ def look(source: Source, network: nn.Module, multiple: int, *, fit: bool = False
 def at_resolution(source: Source) -> ImageArray:
     """The picture, its short side brought to the parameter ``resolution``; 0 leaves it at the output's own size.
 
-    Its area stays within four times the square of that, so that long strips don't grow without bound.
+    Its area stays within four times the square of that, so that long strips don't grow without bound, but no side gets
+    shorter than 32 pixels by it, for some networks fail on less.
     """
     height, width = source.image.shape[:2]
     resolution = int(source.params["resolution"])
     if resolution == 0:
         return source.image
-    scale = min(resolution / min(height, width), 2 * resolution / math.sqrt(height * width))
-    return resize_image(source.image, max(1, round(width * scale)), max(1, round(height * scale)))
+    short = min(height, width)
+    scale = min(resolution / short, max(2 * resolution / math.sqrt(height * width), _SHORTEST / short))
+    return resize_image(source.image, round(width * scale), round(height * scale))
 
 
 def normalised(pixels: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Tensor:

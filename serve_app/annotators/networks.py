@@ -102,8 +102,7 @@ def normal_bae_module() -> nn.Module:
 
 def leres(path: Path) -> nn.Module:
     """Input ImageNet-normalised, output (1, 1, H, W): relative depth, far is large."""
-    network: nn.Module = _filled(leres_module, path).depth_model
-    return network
+    return _filled(leres_module, path).get_submodule("depth_model")
 
 
 def leres_module() -> nn.Module:

@@ -20,6 +20,16 @@ class Param:
     step: float
     """How finely a slider should move; values between are accepted."""
     help: str
+    or_zero: bool = False
+    """0 is accepted too, below ``minimum``; what it means, ``help`` says."""
+
+    @property
+    def bounds(self) -> str:
+        """The numbers that are accepted, in words."""
+        return f"{'0 or ' * self.or_zero}from {self.minimum:g} to {self.maximum:g}"
+
+    def accepts(self, number: float) -> bool:
+        return self.minimum <= number <= self.maximum or (self.or_zero and number == 0)
 
     def read(self, value: JsonScalar) -> float:
         """``value``, checked.
@@ -27,12 +37,9 @@ class Param:
         Raises:
             JobError: not a number, or out of range.
         """
-        if isinstance(value, int | float) and not isinstance(value, bool) and self.minimum <= value <= self.maximum:
+        if isinstance(value, int | float) and not isinstance(value, bool) and self.accepts(value):
             return value
-        raise JobError(
-            f"The annotator parameter {self.name} must be a number from {self.minimum:g} to {self.maximum:g}, "
-            f"got {value!r}."
-        )
+        raise JobError(f"The annotator parameter {self.name} must be a number {self.bounds}, got {value!r}.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,6 +110,13 @@ class TestEveryDetector:
                 assert control_map.shape == (64, 96, 3)
                 assert info.params[param.name] == value
 
+    def test_the_smallest_resolution_is_enough_for_a_strip(self, detectors: Detectors, name: str) -> None:
+        for size in ((1024, 64), (64, 1024)):
+            assert detectors.annotate(name, photo(), size, resolution=64)[0].shape == (size[1], size[0], 3)
+        for resolution in (1, 63, 1025):
+            with pytest.raises(JobError, match="0 or from 64 to 1024"):
+                detectors.annotate(name, photo(), (1024, 64), resolution=resolution)
+
 
 def _upper(param: Param) -> float:
     """1024 pixels would take minutes and say nothing new."""

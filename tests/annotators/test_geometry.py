@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from serve_app.annotators import depth, lineart, softedge
@@ -91,6 +93,19 @@ def test_strips_do_not_grow_without_bound() -> None:
     looked_at = at_resolution(Source(strip, None, 0, {"resolution": 512}))
     assert looked_at.shape[0] * looked_at.shape[1] <= 4.1 * 512 * 512
     assert looked_at.shape[1] / looked_at.shape[0] == pytest.approx(16, rel=0.02)
+
+
+@given(
+    width=st.integers(64, 2048),
+    height=st.integers(64, 2048),
+    resolution=st.just(0) | st.integers(64, 1024),
+)
+@example(width=1024, height=64, resolution=64)
+@example(width=64, height=2048, resolution=64)
+def test_no_side_gets_too_short_for_a_network(width: int, height: int, resolution: int) -> None:
+    photo = np.zeros((height, width, 3), np.uint8)
+    looked_at = at_resolution(Source(photo, None, 0, {"resolution": resolution}))
+    assert min(looked_at.shape[:2]) >= 32
 
 
 class PlantedLine(torch.nn.Module):

@@ -50,8 +50,8 @@ class TestReadiness:
             assert isinstance(state, Missing) == bool(ANNOTATORS[name].networks)
         hed = found["hed"]
         assert isinstance(hed, Missing)
-        for part in ("ControlNetHED", "lllyasviel/Annotators", "Apache-2.0", "controlnet-serve weights fetch hed"):
-            assert part in hed.reason
+        for words in ("ControlNetHED", "lllyasviel/Annotators", "Apache-2.0", "controlnet-serve weights fetch hed"):
+            assert words in hed.reason
 
     def test_the_service_says_the_same(self, tmp_path: Path) -> None:
         with pytest.raises(AnnotatorUnavailable, match="controlnet-serve weights fetch mlsd"):

@@ -349,10 +349,10 @@ def check_effective(kinds: list[str], found: list[dict[str, Any]]) -> None:
 def test_every_number_in_range_is_taken_and_none_outside(data: st.DataObject, kind: str, spelled: bool) -> None:
     numbers = [one for one in ANNOTATORS[CONTROL_TYPES[kind].annotator].params if isinstance(one, Param)]
     for param in numbers:
-        inside = data.draw(st.floats(param.minimum, param.maximum))
+        inside = data.draw(st.floats(param.minimum, param.maximum) | st.just(0.0 if param.or_zero else param.minimum))
         (values,) = chosen([kind], {param.name: str(inside) if spelled else inside})
         assert values[param.name] == pytest.approx(inside)
-        outside = data.draw(st.floats(param.maximum, exclude_min=True) | st.just(np.nan))
+        outside = data.draw(st.floats(param.maximum, exclude_min=True) | st.sampled_from([np.nan, param.minimum - 1]))
         with pytest.raises(ValidationFailed, match=f"to {param.maximum:g}"):
             chosen([kind], {param.name: str(outside) if spelled else outside})
 

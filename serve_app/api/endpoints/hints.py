@@ -153,9 +153,8 @@ def _read(param: Param | Switch, value: object) -> JsonScalar:
     if isinstance(param, Switch):
         return read_flag(scalar)
     number = read_real(scalar)
-    if number is None or not param.minimum <= number <= param.maximum:
-        bounds = f"from {param.minimum:g} to {param.maximum:g} (step {param.step:g})"
-        raise ValueError(f"must be a number {bounds}, got {show(value)}")
+    if number is None or not param.accepts(number):
+        raise ValueError(f"must be a number {param.bounds} (step {param.step:g}), got {show(value)}")
     # As the default is written: so that 50, 50.0 and "50" are one value, for the cache too.
     return int(number) if isinstance(param.default, int) and number.is_integer() else number
 
