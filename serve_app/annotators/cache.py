@@ -18,6 +18,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -68,7 +69,20 @@ class MadeMap:
     """The map as a file, where it has been one already."""
 
 
-Make = Callable[[], Awaitable[MadeMap]]
+Make = Callable[[Callable[[], None]], Awaitable[MadeMap]]
+"""Makes the map; calls what it gets, from any thread, when it begins to work and no longer only waits its turn."""
+_Bound = Callable[[], Awaitable[MadeMap]]
+
+
+@dataclass(eq=False, slots=True)
+class _Making:
+    """A map that is being made or waits for its turn. Changed in the event loop, save ``begun``."""
+
+    waiters: int = 0
+    begun: bool = False
+
+    def begin(self) -> None:
+        self.begun = True
 
 
 def map_key(
@@ -116,43 +130,62 @@ class MapCache:
         self._shared_bytes = shared_bytes
         self._lease_s = lease_s
         self._sweep_at = 0.0
-        self._making: dict[str, asyncio.Task[MadeMap]] = {}
+        self._making: dict[str, tuple[_Making, asyncio.Task[MadeMap]]] = {}
+        self._tasks: set[asyncio.Task[MadeMap]] = set()
 
     async def get(self, key: str, caching: Caching, make: Make) -> MadeMap:
         """The map of ``key``, made by ``make`` if nobody has it or makes it already.
 
-        A caller that is cancelled disturbs nobody: the map is made for the others and for later.
+        A caller that is cancelled disturbs nobody: a map that has been begun is finished, for the others and for later.
+        One that still waits for its turn is given up when its last caller goes, or cancelled work would pile up.
 
         Raises:
             What ``make`` raises, to all who wait for it in this process.
         """
         if caching is Caching.NONE:
             self._tell("off")
-            return await make()
+            return await make(lambda: None)
         known = self._memory.get(key)
         if known is not None:
             self._tell("memory")
             return known
-        task = self._making.get(key)
-        if task is None:
-            task = asyncio.create_task(self._obtain(key, caching, make), name=f"map-{key[:8]}")
-            self._making[key] = task
-            task.add_done_callback(lambda done: self._made(key, done))
-        else:
+        if key in self._making:
             self._tell("joined")
-        return await asyncio.shield(task)
+        making, task = self._making.get(key) or self._start(key, caching, make)
+        making.waiters += 1
+        try:
+            return await asyncio.shield(task)
+        finally:
+            making.waiters -= 1
+            if not (making.waiters or making.begun or task.done()):
+                self._forget(key, task)
+                task.cancel()
 
     async def close(self) -> None:
         """Wait for the maps that are being made."""
-        if self._making:
-            await asyncio.wait(tuple(self._making.values()))
+        if self._tasks:
+            await asyncio.wait(tuple(self._tasks))
+
+    def _start(self, key: str, caching: Caching, make: Make) -> tuple[_Making, asyncio.Task[MadeMap]]:
+        making = _Making()
+        task = asyncio.create_task(self._obtain(key, caching, partial(make, making.begin)), name=f"map-{key[:8]}")
+        self._making[key] = making, task
+        self._tasks.add(task)
+        task.add_done_callback(lambda done: self._made(key, done))
+        return making, task
 
     def _made(self, key: str, task: asyncio.Task[MadeMap]) -> None:
-        del self._making[key]
+        self._tasks.discard(task)
+        self._forget(key, task)
         if not task.cancelled():
             task.exception()  # retrieved here: nobody may be left to await it
 
-    async def _obtain(self, key: str, caching: Caching, make: Make) -> MadeMap:
+    def _forget(self, key: str, task: asyncio.Task[MadeMap]) -> None:
+        """Whoever asks next starts anew. One who did so while ``task`` was being cancelled is left alone."""
+        if key in self._making and self._making[key][1] is task:
+            del self._making[key]
+
+    async def _obtain(self, key: str, caching: Caching, make: _Bound) -> MadeMap:
         if caching is Caching.SHARED and self._shared_bytes > 0:
             made = await self._from_store(key, make)
         else:
@@ -162,7 +195,7 @@ class MapCache:
         self._memory.put(key, made)
         return made
 
-    async def _from_store(self, key: str, make: Make) -> MadeMap:
+    async def _from_store(self, key: str, make: _Bound) -> MadeMap:
         holder = uuid.uuid4().hex
         deadline = time.monotonic() + _PATIENCE_S
         pause_s = 0.05
@@ -172,7 +205,7 @@ class MapCache:
                 if found is not None:
                     self._tell("shared")
                     return found
-                if await asyncio.to_thread(self._index.claim, key, holder, self._lease_s):
+                if await self._claim(key, holder):
                     break
                 await asyncio.sleep(pause_s)
                 pause_s = min(0.5, pause_s * 1.5)
@@ -186,8 +219,17 @@ class MapCache:
         self._tell("made")
         return await self._make_held(key, holder, make)
 
+    async def _claim(self, key: str, holder: str) -> bool:
+        claiming = asyncio.ensure_future(asyncio.to_thread(self._index.claim, key, holder, self._lease_s))
+        try:
+            return await asyncio.shield(claiming)
+        except asyncio.CancelledError:
+            await asyncio.gather(claiming, return_exceptions=True)  # its thread can't be stopped and may yet get it
+            await asyncio.to_thread(self._let_go, key, holder)
+            raise
+
     def _read(self, key: str, holder: str) -> MadeMap | None:
-        """The map from the store. One whose object is gone or damaged is forgotten."""
+        """The map from the store. One of no use, whose object is gone or damaged for instance, is forgotten."""
         ready = self._index.find(key)
         if ready is None:
             return None
@@ -196,15 +238,19 @@ class MapCache:
         except KeyError:
             data = b""
         if hashlib.sha256(data).hexdigest() == ready.digest:
-            pixels = np.asarray(Image.open(io.BytesIO(data)))
-            return MadeMap(pixels, AnnotationInfo.model_validate_json(ready.info), data)
-        logger.warning("the stored control map %s is missing or damaged; it is made again", key)
+            try:
+                info = AnnotationInfo.model_validate_json(ready.info)
+            except ValueError:  # written by a version whose maps say other things
+                logger.warning("what is known of the stored control map %s does not fit this version", key)
+            else:
+                return MadeMap(np.asarray(Image.open(io.BytesIO(data))), info, data)
+        logger.warning("the stored control map %s is of no use; it is made again", key)
         if self._index.hold(key, holder, ready, self._lease_s):
             self._objects.delete(_object(key))
             self._index.drop(holder, key)
         return None
 
-    async def _make_held(self, key: str, holder: str, make: Make) -> MadeMap:
+    async def _make_held(self, key: str, holder: str, make: _Bound) -> MadeMap:
         renewing = asyncio.create_task(self._renew(key, holder), name=f"map-lease-{key[:8]}")
         try:
             made = await make()

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -75,6 +76,8 @@ class AnnotatorService:
             shared_bytes=config.map_store_bytes,
         )
         self._networks = ThreadPoolExecutor(1, thread_name_prefix="detector")
+        self._turn = asyncio.Lock()
+        """Calls wait here and not in the pool, whose queue would keep the pictures of those that were cancelled."""
         self._identities: dict[str, tuple[list[_FileState], str]] = {}
         self.calls = 0
         """Maps handed out."""
@@ -117,9 +120,16 @@ class AnnotatorService:
         name = chosen_annotator(task.control_type, task.annotator, task.auto_hint)
         networks = ANNOTATORS[name].networks if name is not None else ()
 
-        async def make() -> MadeMap:
+        async def make(begin: Callable[[], None]) -> MadeMap:
+            def work() -> MadeMap:
+                begin()
+                return self._make(task, image, mask)
+
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._networks if networks else None, self._make, task, image, mask)
+            if not networks:
+                return await loop.run_in_executor(None, work)
+            async with self._turn:
+                return await loop.run_in_executor(self._networks, work)
 
         if name is None or name in _UNCACHED:
             return await self._cache.get("", Caching.NONE, make)

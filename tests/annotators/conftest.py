@@ -1,10 +1,13 @@
-"""Detectors with random weights, made once for the folder."""
+"""Detectors with random weights, made once for the folder, and where the cache of maps keeps its own."""
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from serve_app.database import Database
+from serve_app.storage.local import LocalStore
 from support.detectors import Detectors, fake_mediapipe
 
 
@@ -14,3 +17,16 @@ def detectors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Detectors]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "mediapipe", fake_mediapipe())
         yield Detectors(tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture
+def sqlite(tmp_path: Path) -> Iterator[Database]:
+    database = Database(f"sqlite:///{tmp_path}/maps.sqlite3")
+    database.migrate()
+    yield database
+    database.close()
+
+
+@pytest.fixture
+def objects(tmp_path: Path) -> LocalStore:
+    return LocalStore(tmp_path / "objects")

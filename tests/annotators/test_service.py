@@ -201,3 +201,21 @@ async def test_detectors_run_one_at_a_time_and_others_beside_them(start: Start) 
     meter.gate.set()
     await asyncio.gather(*slow)
     assert (meter.most, service.runs) == (1, 4)
+
+
+async def test_cancelled_calls_leave_no_work_behind(start: Start) -> None:
+    meter = SlowMeter()
+    service = start(meter=meter).service
+    first, *others = (
+        asyncio.create_task(service.annotate(task(resolution=size), PHOTO, None, None)) for size in (64, 128, 192)
+    )
+    while not meter.now:  # noqa: ASYNC110  - it happens in a thread
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.2)  # the others wait their turn by now
+    for other in others:
+        other.cancel()
+    await asyncio.wait(others)
+    meter.gate.set()
+    await first
+    await service.close()
+    assert service.runs == 1
