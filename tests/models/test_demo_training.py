@@ -12,7 +12,7 @@ from serve_app.models.catalog import ModelType
 from serve_app.models.demo import captions, latents
 from serve_app.models.demo.autoencoder import as_pixels
 from serve_app.models.demo.control_maps import CLASS_COLOURS, GROUND_COLOUR, MAKERS, as_hint
-from serve_app.models.demo.diffusion import MIN_SNR, NOISE_OFFSET, NoiseSource
+from serve_app.models.demo.diffusion import ITEM_WEIGHT, MIN_SNR, NOISE_OFFSET, Batch, NoiseSource
 from serve_app.models.demo.export import export
 from serve_app.models.demo.networks import make_net, make_unet, make_vae
 from serve_app.models.demo.scenes import COLOURS, JITTER, Item, Scene, render, sample_scene
@@ -137,7 +137,16 @@ def test_noise_follows_stable_diffusions_schedule() -> None:
     assert int(noised.timesteps.max()) == 999
     assert noised.weights.max() == 1
     assert noised.weights.min() == pytest.approx((MIN_SNR + 1) * float(1 - alphas.max()), rel=1e-3)
-    assert noised.loss(noised.target) == 0
+    assert noised.loss(noised.target, torch.ones(1000, 1, 8, 8)) == 0
+
+
+def test_cells_of_items_count_for_more() -> None:
+    batch = Batch(128, [only(item("square")), only()], torch.zeros(2, 4, 16, 16))
+    cells = batch.cells
+    assert cells.shape == (2, 1, 16, 16)
+    assert float(cells.mean()) == pytest.approx(1)
+    assert float(cells[0, 0, 8, 8] / cells[0, 0, 0, 0]) == pytest.approx(ITEM_WEIGHT)
+    assert (cells[1] == cells[0, 0, 0, 0]).all()
 
 
 def test_a_net_starts_without_a_say() -> None:

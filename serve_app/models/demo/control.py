@@ -46,12 +46,13 @@ class ControlStage:
         self.prompts = Prompts(model.tokenizer, DROPPED)
 
     def loss(self, step: int, random: np.random.Generator) -> Tensor:
-        side, scenes, latents = self.scenes.draw(step, random)
-        noised = self.noise.add(latents)
-        tokens = self.prompts.tokens(scenes, random)
-        hints = torch.cat([as_hint(self.make(scene, render(scene, side, side), random)) for scene in scenes])
+        batch = self.scenes.draw(step, random)
+        noised = self.noise.add(batch.latents)
+        tokens = self.prompts.tokens(batch.scenes, random)
+        side = batch.side
+        hints = torch.cat([as_hint(self.make(scene, render(scene, side, side), random)) for scene in batch.scenes])
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
             with torch.no_grad():
                 text = self.model.embed(tokens)
             predicted = predict(self.model.unet, self.net, noised, text, hints)
-        return noised.loss(predicted)
+        return noised.loss(predicted, batch.cells)

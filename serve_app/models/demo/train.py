@@ -62,7 +62,7 @@ PLAN = Plan(
     decoder=Schedule(steps=1400, rate=1e-3, warmup=20, decay=0.995, save_every=50),
     phases={
         "words": Schedule(steps=500, rate=1e-3, decay=0.99),
-        "diffusion": Schedule(steps=3000, rate=1e-3, decay=0.995),
+        "diffusion": Schedule(steps=8000, rate=1e-3, decay=0.995),
         "served-size": Schedule(steps=300, rate=3e-4, warmup=20, decay=0.99),
     },
     net=Schedule(steps=300, rate=1e-3, warmup=20, decay=0.99),
