@@ -64,7 +64,7 @@ def convert(store: WeightStore, name: str, *, allow_unpinned: bool = False) -> P
     """Write ``name`` as safetensors under ``owner/name`` in the folder; None where nothing is to be converted.
 
     Raises:
-        ModelLoadFailed: the pickle is not there or does not hold what it should.
+        ModelLoadFailed: the pickle, or a file that belongs beside it, is not there, or it does not hold what it should.
         UnsafeModel: its hash is not the published one, it holds more than tensors, or no hash is known for it and
             ``allow_unpinned`` is off.
     """
@@ -75,6 +75,9 @@ def convert(store: WeightStore, name: str, *, allow_unpinned: bool = False) -> P
     path = store.find(name, published)
     if path is None:
         raise ModelLoadFailed(f"{weights.repo}: {published} is not in {store.folder}; run weights fetch {name}")
+    for other in weights.beside:
+        if not (path.parent / other).is_file():
+            raise ModelLoadFailed(f"{weights.repo}: {other} is not beside {path}; run weights fetch {name}")
     pinned = weights.sha256 if weights.is_pickle else None
     if pinned is not None:
         check_hash(path, pinned)
@@ -146,8 +149,10 @@ def _read_pickle(path: Path, weights: Weights) -> dict[str, Any]:
 
     try:
         value: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (EOFError, RuntimeError) as error:
+        raise ModelLoadFailed(f"{path}: empty, or cut short: {_first_line(error)}") from error
     except Exception as error:  # what a foreign pickle raises is anybody's guess
-        raise UnsafeModel(f"{path}: torch's restricted reader refuses it: {str(error).splitlines()[0]}") from error
+        raise UnsafeModel(f"{path}: torch's restricted reader refuses it: {_first_line(error)}") from error
     for key in weights.inner:
         if not isinstance(value, Mapping) or key not in value:
             raise ModelLoadFailed(f"{path}: no {'.'.join(weights.inner)} in it")
@@ -158,6 +163,10 @@ def _read_pickle(path: Path, weights: Weights) -> dict[str, Any]:
     return {
         str(name).removeprefix(weights.prefix): tensor.detach().clone().contiguous() for name, tensor in value.items()
     }
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _write(state: dict[str, Any], target: Path, metadata: dict[str, str]) -> None:

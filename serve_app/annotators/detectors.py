@@ -18,7 +18,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 from serve_app.annotators.weights import NETWORKS, WeightStore
-from serve_app.errors import ConfigError, OutOfMemory, UnsafeModel, WorkerLost
+from serve_app.errors import ConfigError, ModelError, ModelLoadFailed, OutOfMemory, UnsafeModel, WorkerLost
 
 logger = logging.getLogger(__name__)
 
@@ -131,11 +131,20 @@ class DetectorHost:
         row = NETWORKS[name]
         path = self.store.require(name)
         weights = self.store.row(row.weights)
-        if weights.sha256 is not None and not weights.is_pickle:
-            check_hash(path, weights.sha256)
-        with self._lock:
-            self._make_room(path.stat().st_size)
-        value = resolve_name(row.loader)(path)
+        try:
+            if weights.sha256 is not None and not weights.is_pickle:
+                check_hash(path, weights.sha256)
+            with self._lock:
+                self._make_room(path.stat().st_size)
+            value = resolve_name(row.loader)(path)
+        except (ModelError, OSError) as error:
+            # Clients read the message; where files lie on the server is for the log.
+            logger.exception("the weights %s cannot be loaded from %s", row.weights, path)
+            kind = type(error) if isinstance(error, ModelError) else ModelLoadFailed
+            raise kind(
+                f"The weights {weights.label} are damaged or not those that were published; "
+                f"run: controlnet-serve weights verify {row.weights}."
+            ) from error
         return value.to(self._pick_device()) if hasattr(value, "parameters") else value
 
     def _pick_device(self) -> Any:

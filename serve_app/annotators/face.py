@@ -4,6 +4,7 @@ mediapipe is optional and imported on first use. The drawing needs only landmark
 """
 
 import importlib
+import logging
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -14,8 +15,11 @@ import cv2
 from serve_app.annotators.geometry import at_resolution
 from serve_app.annotators.skeleton import Point, blank
 from serve_app.annotators.source import Source
+from serve_app.annotators.weights import MEDIAPIPE_REMEDY
 from serve_app.errors import AnnotatorUnavailable
 from serve_app.tasks import ControlMap
+
+logger = logging.getLogger(__name__)
 
 _SMALLEST = 64
 """Faces whose shorter side has fewer pixels are not drawn, as in the training data of CrucibleAI's net."""
@@ -60,7 +64,7 @@ def mediapipe_face(source: Source) -> ControlMap:
     """Contours and irises of up to ``max_faces`` faces.
 
     Raises:
-        AnnotatorUnavailable: mediapipe is not installed, or it can't read the model.
+        AnnotatorUnavailable: mediapipe is not installed, does not fit, or can't read the model.
     """
     image = at_resolution(source)
     height, width = source.image.shape[:2]
@@ -101,13 +105,22 @@ def _landmarks(image: ControlMap, source: Source) -> list[list[Point]]:
     try:
         mediapipe: Any = importlib.import_module("mediapipe")
     except Exception as error:  # an installation that does not fit raises anything
-        raise AnnotatorUnavailable(f"The annotator is not available: mediapipe cannot be imported: {error}") from error
-    vision: Any = mediapipe.tasks.vision
-    options = vision.FaceLandmarkerOptions(
-        base_options=mediapipe.tasks.BaseOptions(model_asset_buffer=source.networks["face_landmarker"]),
-        num_faces=int(source.params["max_faces"]),
-        min_face_detection_confidence=source.params["min_confidence"],
-    )
-    with vision.FaceLandmarker.create_from_options(options) as landmarker:
-        picture = mediapipe.Image(image_format=mediapipe.ImageFormat.SRGB, data=image)
-        return [[(point.x, point.y) for point in face] for face in landmarker.detect(picture).face_landmarks]
+        raise _unavailable("mediapipe cannot be imported", error) from error
+    try:
+        vision: Any = mediapipe.tasks.vision
+        options = vision.FaceLandmarkerOptions(
+            base_options=mediapipe.tasks.BaseOptions(model_asset_buffer=source.networks["face_landmarker"]),
+            num_faces=int(source.params["max_faces"]),
+            min_face_detection_confidence=source.params["min_confidence"],
+        )
+        with vision.FaceLandmarker.create_from_options(options) as landmarker:
+            picture = mediapipe.Image(image_format=mediapipe.ImageFormat.SRGB, data=image)
+            return [[(point.x, point.y) for point in face] for face in landmarker.detect(picture).face_landmarks]
+    except (AttributeError, OSError, RuntimeError, ValueError) as error:  # a library or a symbol that is not there, too
+        raise _unavailable("mediapipe does not work here", error) from error
+
+
+def _unavailable(what: str, error: Exception) -> AnnotatorUnavailable:
+    """The library's own words may name paths of this machine: they are for the log."""
+    logger.error(what, exc_info=error)
+    return AnnotatorUnavailable(f"The annotator is not available: {what}; install it again: {MEDIAPIPE_REMEDY}.")

@@ -18,6 +18,12 @@ from pathlib import Path
 from serve_app.annotators.source import AnnotatorRow
 from serve_app.errors import AnnotatorUnavailable, one_of
 
+MEDIAPIPE_REMEDY = (
+    "pip install --no-deps mediapipe && pip install absl-py certifi flatbuffers sounddevice matplotlib (with its "
+    "dependencies, mediapipe would bring opencv-contrib-python, which overwrites opencv-python-headless)"
+)
+"""What mediapipe 1.2.2 asks for, less numpy and OpenCV, which are here."""
+
 _REVISION = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]*")
 
 
@@ -68,6 +74,8 @@ class Network:
     """Name in WEIGHTS."""
     package: str = ""
     """An optional package that must be installed."""
+    remedy: str = ""
+    """The command that installs it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +187,7 @@ NETWORKS: Mapping[str, Network] = {
     "midas": Network(f"{_LOADERS}:midas", "midas"),
     "zoe": Network(f"{_LOADERS}:zoe", "zoe"),
     "upernet": Network(f"{_LOADERS}:upernet", "upernet"),
-    "face_landmarker": Network("serve_app.annotators.face:load", "face_landmarker", package="mediapipe"),
+    "face_landmarker": Network("serve_app.annotators.face:load", "face_landmarker", "mediapipe", MEDIAPIPE_REMEDY),
 }
 
 
@@ -219,7 +227,7 @@ class WeightStore:
         """Why a network can't be loaded, for the person who can mend it, or None."""
         row = NETWORKS[network]
         if row.package and importlib.util.find_spec(row.package) is None:
-            return f"the package {row.package} is not installed; run: pip install {row.package}"
+            return f"the package {row.package} is not installed; run: {row.remedy}"
         if self.served(row.weights) is not None:
             return None
         weights = self.row(row.weights)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from serve_app.annotators.detectors import DetectorHost
-from serve_app.errors import AnnotatorUnavailable, ConfigError, OutOfMemory, UnsafeModel
+from serve_app.errors import AnnotatorUnavailable, ConfigError, ModelLoadFailed, OutOfMemory, UnsafeModel
 from support.detectors import fake_mediapipe, make_store
 
 NAMES = ("pidinet", "mlsd", "lineart")
@@ -88,8 +88,26 @@ def test_a_file_of_another_hash_is_not_run(tmp_path: Path) -> None:
     path.write_bytes(b"another")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "mediapipe", fake_mediapipe())
-        with pytest.raises(UnsafeModel, match="as published"), DetectorHost(store).lease(("face_landmarker",)):
+        with (
+            pytest.raises(UnsafeModel, match="not those that were published") as caught,
+            DetectorHost(store).lease(("face_landmarker",)),
+        ):
             pass
+    assert str(tmp_path) not in caught.value.message
+
+
+@pytest.mark.parametrize("harm", ["another's", "cut"])
+def test_where_weights_lie_is_for_the_log_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture, harm: str) -> None:
+    store = make_store(tmp_path, "pidinet", "mlsd")
+    path, other = store.require("pidinet"), store.require("mlsd")
+    path.write_bytes(other.read_bytes() if harm == "another's" else path.read_bytes()[:-100])
+    with (
+        pytest.raises(ModelLoadFailed, match=r"table5_pidinet.*weights verify pidinet") as caught,
+        DetectorHost(store, "cpu").lease(("pidinet",)),
+    ):
+        pass
+    assert str(tmp_path) not in caught.value.message
+    assert str(path) in caplog.text
 
 
 def test_a_full_device_is_told_in_our_words(filled: DetectorHost) -> None:

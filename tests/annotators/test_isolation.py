@@ -59,7 +59,7 @@ def test_a_process_lists_what_is_missing_and_serves_the_rest(mediapipe: str, tmp
     assert done.returncode == 0, done.stderr
     missing, face, works, loaded, changed, argv = done.stdout.splitlines()
     assert missing.split() == sorted(name for name, row in ANNOTATORS.items() if row.networks)
-    assert ("pip install mediapipe" in face) == (mediapipe == "none")
+    assert ("pip install --no-deps mediapipe" in face) == (mediapipe == "none")
     assert works == "True"
     assert loaded == "", "names that belong to others were taken"
     assert changed == "-"

@@ -152,6 +152,25 @@ class TestConvert:
         assert convert(store, "zoe", allow_unpinned=True) == tmp_path / "Intel" / "zoedepth-nyu" / "model.safetensors"
         assert verify(store, "zoe") == tmp_path / "Intel" / "zoedepth-nyu" / "model.safetensors"
 
+    @pytest.mark.parametrize("kept", [0, 1, 100, 5000])
+    def test_an_empty_file_and_one_cut_short_are_told(self, tmp_path: Path, kept: int) -> None:
+        row = write_pickle(tmp_path, "mlsd")
+        path = tmp_path / row.repo / row.file
+        path.write_bytes(path.read_bytes()[:kept])
+        with pytest.raises((ModelLoadFailed, UnsafeModel), match=r"mlsd_large_512_fp32.pth: .*: \S"):
+            convert(WeightStore(tmp_path, {**WEIGHTS, "mlsd": replace(row, sha256=sha256(path))}), "mlsd")
+
+    def test_a_pickle_without_its_configuration_leaves_nothing_behind(self, tmp_path: Path) -> None:
+        path = tmp_path / "models--Intel--zoedepth-nyu" / "snapshots" / ("f" * 40) / "pytorch_model.bin"
+        path.parent.mkdir(parents=True)
+        torch.save({"weight": torch.zeros(1)}, path)
+        reference = tmp_path / "models--Intel--zoedepth-nyu" / "refs" / "main"
+        reference.parent.mkdir()
+        reference.write_text("f" * 40)
+        with pytest.raises(ModelLoadFailed, match=r"config.json is not beside .*weights fetch zoe"):
+            convert(WeightStore(tmp_path), "zoe", allow_unpinned=True)
+        assert not (tmp_path / "Intel").exists()
+
     def test_half_a_file_is_never_served(self, tmp_path: Path) -> None:
         store = WeightStore(tmp_path, {**WEIGHTS, "mlsd": write_pickle(tmp_path, "mlsd")})
         folder = tmp_path / store.row("mlsd").repo
