@@ -98,6 +98,7 @@ models = sa.Table(
     sa.Column("control_type", sa.String(32)),
     sa.Column("union_types", sa.Integer),
     sa.Column("max_clip_skip", sa.Integer),
+    sa.Column("inpaints", sa.Boolean),
     sa.Column("location", sa.Text, nullable=False),  # folder in diffusers layout
     sa.Column("hash", sa.String(64), nullable=False),
     sa.Column("size_bytes", sa.BigInteger, nullable=False),

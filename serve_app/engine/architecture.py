@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from serve_app.errors import ModelLoadFailed
+from serve_app.errors import FamilyMismatch, ModelLoadFailed
 from serve_app.models.components import BaseComponents, NetComponents
 
 _BLOCKS = frozenset({"DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"})
@@ -61,6 +61,37 @@ def check_net(net: NetComponents) -> None:
     problems = _problems(net.net.config, allowed)
     if problems:
         raise ModelLoadFailed(f"The ControlNet {net.id!r} cannot be served: {'; '.join(problems)}.")
+
+
+def check_fit(base: BaseComponents, net: NetComponents) -> None:
+    """Raises FamilyMismatch for a net that another shape of UNet was made with, distilled ones for example."""
+    unet = base.unet
+    wanted = {
+        "channels of the skip connections": _skip_channels(unet),
+        "channels in the middle": [] if unet.mid_block is None else [unet.mid_block.resnets[-1].out_channels],
+        "cross_attention_dim": unet.config.cross_attention_dim,
+        "addition_embed_type": unet.config.addition_embed_type,
+    }
+    model = net.net
+    found = {
+        "channels of the skip connections": [layer.out_channels for layer in model.controlnet_down_blocks],
+        "channels in the middle": [model.controlnet_mid_block.out_channels],
+        "cross_attention_dim": model.config.cross_attention_dim,
+        "addition_embed_type": model.config.addition_embed_type,
+    }
+    for what, value in wanted.items():
+        if found[what] != value:
+            raise FamilyMismatch(
+                f"The ControlNet {net.id!r} does not fit the model {base.id!r}: {what} {found[what]}, wanted {value}."
+            )
+
+
+def _skip_channels(unet: Any) -> list[int]:
+    channels = [unet.conv_in.out_channels]
+    for block in unet.down_blocks:
+        channels += [resnet.out_channels for resnet in block.resnets]
+        channels += [downsampler.out_channels for downsampler in block.downsamplers or ()]
+    return channels
 
 
 def _problems(config: Mapping[str, Any], allowed: Mapping[str, Collection[Any]]) -> list[str]:

@@ -40,6 +40,13 @@ FORWARD_OVERHEAD = 4 * 64 * 64
 TFLOP each). It decides what is fair, and how far a forward is filled up in the deterministic mode; on a processor the
 true figure is nearer a thousand cells."""
 
+_USUAL_TOKENS = 77
+_TOKENS_PER_CELL = 16_800
+"""So many tokens double a cell's work: SD 1.5 with a ControlNet takes 266 MFLOP a cell, and 15.9 kFLOP per cell and
+token in its cross-attentions (4 x width x layers, summed over the levels by their share of the cells)."""
+_TOKENS_PER_OWN_CELL = 6
+"""So many tokens take as long as a cell: 42 MFLOP each for keys and values, where these are not kept."""
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
@@ -96,9 +103,15 @@ class Budget:
         return min(wanted, self._room(height, width))
 
     def cost(self, group: Group, rows: int) -> int:
-        """The work of a forward of ``rows`` rows, in latent cells."""
+        """The work of a forward of ``rows`` rows, in latent cells.
+
+        Long texts cost, too: a token takes part in the cross-attention of every cell, and needs keys and values.
+        """
         pinned = self.pinned_rows(group.height, group.width)
-        return FORWARD_OVERHEAD + (rows if pinned is None else pinned) * group.height * group.width
+        area = group.height * group.width
+        extra = max(0, group.tokens - _USUAL_TOKENS)
+        text = area * extra // _TOKENS_PER_CELL + extra // _TOKENS_PER_OWN_CELL
+        return FORWARD_OVERHEAD + (rows if pinned is None else pinned) * (area + text)
 
     def _room(self, height: int, width: int) -> int:
         return min(self.max_rows, self.max_latent_area // (height * width))

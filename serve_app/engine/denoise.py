@@ -131,12 +131,13 @@ def _one_net(uses: Sequence[_Use], width: int, pad_to: int | None) -> list[Tenso
     if net.global_pool:
         residuals = [residual.mean(dim=(2, 3), keepdim=True) for residual in residuals]
     where = torch.tensor([row for use in uses for row in use.rows], device=residuals[0].device)
-    scales = _scales(uses, len(residuals)).to(residuals[0])
+    scales = _scales(uses, len(residuals)).to(where.device)
     spread = []
     for level, residual in enumerate(residuals):
         everywhere = residual.new_zeros(width, *residual.shape[1:])
+        # In float32: half precision would round the scale itself before it multiplies.
         scaled = residual[: len(where)] * scales[:, level, None, None, None]
-        spread.append(everywhere.index_copy(0, where, scaled))
+        spread.append(everywhere.index_copy(0, where, scaled.to(residual.dtype)))
     return spread
 
 

@@ -8,6 +8,7 @@ import logging
 import queue
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -123,27 +124,33 @@ class EngineDriver:
 
     def _loop(self) -> None:
         while self._take_orders():
-            for ended in self._engine.step():
-                self._report(ended)
+            self._report_all(self._engine.step())
             self._heartbeat = time.monotonic()
 
     def _take_orders(self) -> bool:
-        """Carry out what came in, waiting for it while there is nothing to do; False: close."""
+        """Carry out what came in, waiting for it while there is nothing to do; False: close.
+
+        Holds on to no request while it waits: the request holds its model.
+        """
         while True:
             try:
-                order = self._inbox.get(block=not self._engine.busy, timeout=_IDLE_BEAT_S)
+                if not self._carry_out(self._inbox.get(block=not self._engine.busy, timeout=_IDLE_BEAT_S)):
+                    return False
             except queue.Empty:
                 self._heartbeat = time.monotonic()
                 if self._engine.busy:
                     return True
-                continue
-            match order:
-                case _Close():
-                    return False
-                case _Cancel(ref):
-                    self._engine.cancel(ref)
-                case _Submit(request, future):
-                    self._enter(request, future)
+
+    def _carry_out(self, order: "_Submit | _Cancel | _Close") -> bool:
+        """False: close."""
+        match order:
+            case _Close():
+                return False
+            case _Cancel(ref):
+                self._engine.cancel(ref)
+            case _Submit(request, future):
+                self._enter(request, future)
+        return True
 
     def _enter(self, request: GenerationRequest, future: "Future[Drawn]") -> None:
         self._futures[request] = future
@@ -151,6 +158,10 @@ class EngineDriver:
             self._engine.add(request)
         except ServeError as error:
             self._report(Ended(request, error))
+
+    def _report_all(self, those: Sequence[Ended]) -> None:
+        for ended in those:
+            self._report(ended)
 
     def _report(self, ended: Ended) -> None:
         future = self._futures.pop(ended.request)

@@ -64,6 +64,9 @@ def prepare(request: GenerationRequest, prompts: PromptEncoder, turn: int) -> Ru
         Picture(sampler(request.base.scheduler_config, request.task, source, seed), turn) for seed in request.task.seeds
     ]
     running = RunningRequest(request, prompts.rows(request), _controls(request), pictures)
+    # Here, and not in the forward that many share: what cannot be computed fails this request alone.
+    for model in (request.base.unet, *(control.net.net for control in running.controls)):
+        running.conditions(model)
     for picture in pictures:
         picture.begin()
     return running

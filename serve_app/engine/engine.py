@@ -21,7 +21,7 @@ from serve_app.engine.denoise import Predictions, predict
 from serve_app.engine.encode import prepare
 from serve_app.engine.prompts import PromptEncoder
 from serve_app.engine.request import Ended, GenerationRequest, Picture, RunningRequest, Seat
-from serve_app.errors import Cancelled, JobError, OutOfMemory, ServeError, WorkerLost
+from serve_app.errors import Cancelled, JobError, OutOfMemory, RetryableError, ServeError, WorkerLost
 from serve_app.metrics import Meter
 from serve_app.models.device_errors import is_out_of_memory
 from serve_app.tasks import AttemptRef
@@ -218,6 +218,7 @@ class Engine:
         """After an OutOfMemory, once the frames of the failed step are gone: give back what they held."""
         if self._short_of_memory:
             self._short_of_memory = False
+            self._prompts.clear()
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -235,8 +236,8 @@ def _translated(error: Exception, *, shared: bool) -> ServeError:
     Raises:
         torch.AcceleratorError: ``error`` itself; after it no call to the device succeeds.
     """
-    if isinstance(error, ServeError):
-        return error
+    if isinstance(error, ServeError) and (not shared or isinstance(error, RetryableError)):
+        return error.with_traceback(None)
     if is_out_of_memory(error):
         return OutOfMemory(str(error))
     if isinstance(error, torch.AcceleratorError):

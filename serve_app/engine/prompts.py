@@ -15,8 +15,7 @@ from serve_app.models.components import BaseComponents
 
 _CACHE_BYTES = 256 * 2**20
 """On the device. In float16 a piece takes 118 kB for SD 1.5 and 318 kB for SDXL: room for 2,000 or 800 short prompts.
-The API's 20,000 characters are at most 267 pieces, or 1,067 where a character is four bytes, all of them tokens: for
-SDXL that is too much to keep. The empty prompt is in nearly every request."""
+The API's 10,000 bytes are at most 134 pieces. The empty prompt is in nearly every request."""
 
 _PIECES_AT_ONCE = 8
 """Pieces of one prompt in one forward of the text encoder, so that a long prompt needs no more memory than a few."""
@@ -78,6 +77,11 @@ class PromptEncoder:
         if negative.pooled is None or positive.pooled is None or sizes is None:
             return Conditioning(text)
         return Conditioning(text, torch.cat([negative.pooled, positive.pooled]), sizes)
+
+    def clear(self) -> None:
+        """Forget everything; the device needs the room."""
+        self._cache.clear()
+        self._cached_bytes = 0
 
     def _filled(self, base: BaseComponents, encoded: Encoded, length: int, clip_skip: int | None) -> Tensor:
         missing = (length - encoded.text.shape[1]) // base.tokenizer.model_max_length

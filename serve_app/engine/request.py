@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from serve_app.controls import CONTROL_TYPES
-from serve_app.engine.architecture import check_base, check_net
+from serve_app.engine.architecture import check_base, check_fit, check_net
 from serve_app.engine.batching import Group
 from serve_app.engine.conditions import Conditions, conditions
 from serve_app.engine.samplers import ModelCall, Sampler
@@ -45,6 +45,7 @@ class GenerationRequest:
         check_base(self.base)
         for net in self.nets:
             check_net(net)
+            check_fit(self.base, net)
         _check_mode(self.base, self.task.mode)
         _check_pictures(self.task, self.base.vae_scale, self.init_image, self.mask)
         _check_maps(self.task, self.nets, self.maps)
@@ -182,7 +183,7 @@ class RunningRequest:
         return Group(f"{base.id}@{base.hash}", height, width, int(self.conditioning.text.shape[1]))
 
     def conditions(self, model: nn.Module) -> Conditions:
-        """What the text says to the UNet or to a ControlNet: computed at its first forward, kept for the others."""
+        """What the text says to the UNet or to a ControlNet: computed once."""
         if model not in self._conditions:
             said = self.conditioning
             self._conditions[model] = conditions(model, said.text, said.pooled, said.sizes)

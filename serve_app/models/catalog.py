@@ -37,6 +37,8 @@ class ModelEntry(Value):
     """For a ControlNet-Union: how many control types it knows."""
     max_clip_skip: int | None = None
     """For a base model: how many layers of its text encoders can be skipped."""
+    inpaints: bool | None = None
+    """For a base model: whether its UNet takes mask and masked image beside the latent, and can do nothing else."""
     location: str
     """Absolute folder in diffusers layout, the same on every node."""
     hash: str

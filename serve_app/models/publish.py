@@ -45,6 +45,7 @@ def _publish(catalog: Catalog, source: ModelSource, *, trusting: bool) -> ModelE
         control_type=source.control_type if found.union_types is None else UNION,
         union_types=found.union_types,
         max_clip_skip=found.max_clip_skip,
+        inpaints=found.inpaints,
         location=str(found.folder),
         hash="",
         size_bytes=found.size_bytes,

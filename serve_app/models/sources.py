@@ -58,6 +58,8 @@ _WEIGHTS_STEM: Mapping[str, str] = {
     "text_encoder_2": "model",
 }
 _CONTROLNETS = ("ControlNetModel", "ControlNetUnionModel")
+_INPAINT_CHANNELS = 9
+"""Four of the latent, one of the mask, four of the masked image."""
 _UNION_TYPES = 6
 """diffusers' default of ``num_control_type``."""
 _CONFIG_FILE: Mapping[str, str] = {
@@ -85,6 +87,11 @@ class ResolvedSource:
     """Of a base model: how many layers of its text encoders can be skipped."""
     zero_empty_negative: bool = False
     """Of a base model: an empty negative prompt means embeddings of zeros (``force_zeros_for_empty_prompt``)."""
+
+    @property
+    def inpaints(self) -> bool | None:
+        """Of a base model, whether its UNet takes mask and masked image beside the latent."""
+        return None if self.type is not ModelType.BASE else self.config.get("in_channels") == _INPAINT_CHANNELS
 
     @property
     def union_types(self) -> int | None:

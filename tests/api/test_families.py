@@ -3,7 +3,7 @@
 from typing import Any
 
 from serve_app.models.catalog import Catalog, ModelEntry, ModelType
-from support.gateway import KEY, Open, Server, wish
+from support.gateway import KEY, Open, Server, as_base64, picture, wish
 
 
 def add(catalog: Catalog, name: str, **changes: Any) -> None:
@@ -91,6 +91,16 @@ async def test_each_family_has_its_sizes(open_server: Open) -> None:
         answer = await server.post("controlnet", wish(width=520, height=1024))
         assert list(answer["message"]) == ["width"]
         assert "from 64 to 512" in answer["message"]["width"][0]
+
+
+async def test_a_model_that_only_repaints_needs_a_mask(server: Server) -> None:
+    add(server.resources.catalog, "painter", type=ModelType.BASE, family="sd15", inpaints=True)
+    answer = await server.post("controlnet", wish(model_id="painter"))
+    assert answer["message"] == {
+        "mask_image": ["The mask_image field is required: the model_id 'painter' only repaints."]
+    }
+    masked = wish(model_id="painter", mask_image=as_base64(picture()))
+    assert (await server.post("controlnet", masked))["status"] == "success"
 
 
 async def test_clip_skip_is_held_against_the_model(server: Server) -> None:

@@ -1,5 +1,7 @@
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
 
@@ -52,6 +54,21 @@ def test_a_refused_request_ends_its_own_future(zoo: Zoo) -> None:
         driver.submit(request(zoo, task())).result(SOON_S)
     assert driver.alive
     driver.close()
+
+
+def test_an_idle_driver_holds_no_request(zoo: Zoo, driver: EngineDriver) -> None:
+    """It would hold the model with it, which the cache counts as free."""
+    good, bad = (request(zoo, task(controls=controls("canny"), **changes)) for changes in ({}, {"clip_skip": 12}))
+    held = [weakref.ref(one.maps[0]) for one in (good, bad)]
+    futures = [driver.submit(one) for one in (good, bad)]
+    wait(futures, SOON_S)
+    assert isinstance(futures[1].exception(), JobError)
+    del good, bad, futures
+    deadline = time.monotonic() + SOON_S
+    while any(reference() is not None for reference in held) and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.05)
+    assert [reference() for reference in held] == [None, None]
 
 
 def test_the_heart_beats_while_idle_and_while_busy(zoo: Zoo, driver: EngineDriver) -> None:

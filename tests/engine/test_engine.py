@@ -4,6 +4,7 @@ import gc
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from support.tiny import (
     task,
     tiny_base,
     tiny_engine,
+    tiny_net,
 )
 
 TOLERANCE = 1e-4
@@ -247,6 +249,25 @@ def test_the_engine_goes_on_after_running_out_of_memory(zoo: Zoo) -> None:
     with breaking(zoo.base.unet.conv_in, torch.OutOfMemoryError("no memory"), at_call=3):
         assert isinstance(run(engine, [(0, first)])[first], OutOfMemory)
     assert pixels(finished(run(engine, [(0, second)])[second])) == pixels(drawn_alone(second))
+
+
+def test_an_error_of_ours_in_a_shared_forward_condemns_nobody(zoo: Zoo) -> None:
+    """Whose fault it is cannot be known there: all may run again, alone."""
+    engine = tiny_engine()
+    pair = [request(zoo, task(seed=seed)) for seed in range(2)]
+    for one in pair:
+        engine.add(one)
+    with breaking(zoo.base.unet.conv_in, JobError("not this one"), at_call=1):
+        ended = engine.step()
+    assert [type(one.outcome) for one in ended] == [WorkerLost, WorkerLost]
+
+
+def test_a_net_for_another_shape_of_unet_is_refused_by_name(zoo: Zoo) -> None:
+    """As distilled bases and ordinary nets of one family have."""
+    deeper = tiny_net("deeper", layers_per_block=2)
+    bigger = replace(zoo, nets={**zoo.nets, "deeper": deeper})
+    with pytest.raises(FamilyMismatch, match="'deeper' does not fit the model 'base'"):
+        request(bigger, task(controls=(ControlInput(net="deeper", control_type="canny"),)))
 
 
 def test_failed_requests_hold_no_tensors(zoo: Zoo) -> None:

@@ -286,7 +286,9 @@ class Unscaled(EulerDiscreteScheduler):  # type: ignore[misc]  # diffusers has n
 def test_faults_inside_a_scheduler_are_found(scheduler: Any) -> None:
     name = "EulerDiscreteScheduler"
     levels = expected(name, use_karras=False)
-    asking = drive(scheduler.from_config(dict(ZERO.config)), wish(name, STEPS), ZERO.source(64), 3)
+    built = scheduler.from_config(dict(ZERO.config))
+    built.set_timesteps(STEPS)
+    asking = drive(built, wish(name, STEPS), ZERO.source(64), 3)
     found = pytest.raises(AssertionError) if scheduler is not EulerDiscreteScheduler else nullcontext()
     with found:
         check_sequence(asked(asking, levels), levels, ROWS[name])

@@ -163,8 +163,8 @@ def test_sdxl_shares_the_first_convolution(zoo: Zoo) -> None:
 @torch.inference_mode()
 def test_sdxl_embeds_the_pooled_text_once_per_request(zoo: Zoo) -> None:
     xl, net = zoo.families["xl"].unet, zoo.nets["xl-canny"].net
-    (seat,) = seats(zoo, task(model="xl", family="sdxl", controls=controls("xl-canny")))
     with rows_of({"unet": xl.add_embedding, "net": net.add_embedding}) as rows:
+        (seat,) = seats(zoo, task(model="xl", family="sdxl", controls=controls("xl-canny")))
         for _ in range(3):
             predict([seat], no_beat)
     assert rows == {"unet": [2], "net": [2]}

@@ -74,6 +74,7 @@ def test_a_base_comes_back_as_it_was_saved(name: str, catalog: Catalog, saved: P
     entry = publish(catalog, ModelSource(id="dream", path=saved / name))
     base = load_base(entry, CPU, torch.float32)
     assert (entry.type, entry.max_clip_skip) == (ModelType.BASE, expected.max_clip_skip)
+    assert entry.inpaints == (name == "xl-inpaint")
     assert base.zero_empty_negative is expected.zero_empty_negative
     assert len(base.text_encoders) == len(expected.text_encoders)
     for one, other in zip(modules(base), modules(expected), strict=True):

@@ -196,14 +196,16 @@ def tiny_net(
     global_pool: bool = False,
     order: str = "rgb",
     shape: str | None = None,
+    **changes: Any,
 ) -> NetComponents:
-    """``shape``: the family whose UNet it copies, if that is another than the one it says it is of."""
+    """``shape``: the family whose UNet it copies, if that is another than the one it says it is of. ``changes`` are of
+    its configuration."""
     torch.manual_seed(seed)
     net = ControlNetModel(
         conditioning_embedding_out_channels=(8, 16),
         global_pool_conditions=global_pool,
         controlnet_conditioning_channel_order=order,
-        **_UNETS[shape or family],
+        **{**_UNETS[shape or family], **changes},
     )
     _fill(net.controlnet_down_blocks, net.controlnet_mid_block, net.controlnet_cond_embedding.conv_out)
     return NetComponents(id=name, family=family, hash=f"hash-of-{name}", net=net.eval(), size_bytes=1)

@@ -167,6 +167,8 @@ def _check_own(wish: ControlNetRequest, config: AppConfig, problems: Problems) -
 def _resolve(wish: ControlNetRequest, config: AppConfig, catalog: Catalog, problems: Problems) -> Plan | None:
     """Find the base model and the ControlNets; None when a problem was added. Blocks on the database."""
     base = find_base(wish, config, catalog, problems)
+    if base is not None and base.inpaints and not wish.mask_image and "mask_image" not in problems:
+        problems.add("mask_image", f"The mask_image field is required: the model_id {base.id!r} only repaints.")
     if len(wish.controlnet_model) > config.limits.max_controls:
         return None
     controls = _controls(wish, catalog, base, problems)

@@ -39,8 +39,9 @@ from serve_app.schedulers import ALGORITHM_TYPES, DEFAULT_SCHEDULER, SCHEDULERS,
 
 MAX_BASE64_PER_BYTE = 1.4
 """Characters: four for three bytes, and line breaks."""
-MAX_PROMPT_CHARS = 20_000
-"""A prompt has no maximum in tokens; this bounds what is stored and encoded (about 60 chunks of 77 tokens)."""
+MAX_PROMPT_BYTES = 10_000
+"""In UTF-8. A prompt of any length in tokens is encoded, in pieces of 75; a token takes one byte at least, so that this
+bounds them at 134 pieces, whatever the script."""
 MAX_SEED = 2**32 - 1
 OUT_FOLDER = "out"
 """What ``meta.outdir`` has always said."""
@@ -129,8 +130,8 @@ class GenerationRequest(WireModel):
 def check_common(wish: GenerationRequest, config: AppConfig, problems: Problems) -> None:
     """Everything about the common fields that needs no look into the catalogue."""
     for field, text in (("prompt", wish.prompt), ("negative_prompt", wish.negative_prompt)):
-        if len(text) > MAX_PROMPT_CHARS:
-            problems.add(field, f"The {field} field must not be longer than {MAX_PROMPT_CHARS} characters.")
+        if len(text.encode(errors="replace")) > MAX_PROMPT_BYTES:
+            problems.add(field, f"The {field} field must not be longer than {MAX_PROMPT_BYTES} bytes of UTF-8.")
     if problem := scheduler_problem(wish.scheduler):
         problems.add("scheduler", problem)
     if wish.enhance_style and wish.enhance_style not in config.prompts.styles:

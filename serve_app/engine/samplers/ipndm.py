@@ -19,7 +19,9 @@ from serve_app.tasks import GenerationTask
 
 def ipndm(config: Mapping[str, Any], task: GenerationTask, source: Source, seed: int) -> Sampler:
     """The fourth-order multistep sampler of https://huggingface.co/papers/2202.09778."""
-    return (yield from drive(_OnModelLevels(config), task, source, seed))
+    scheduler = _OnModelLevels(config)
+    scheduler.set_timesteps(task.steps)
+    return (yield from drive(scheduler, task, source, seed))
 
 
 class _OnModelLevels:
@@ -34,15 +36,15 @@ class _OnModelLevels:
         self._scheduler = IPNDMScheduler()
         self.timesteps = torch.zeros(0)
 
-    def set_timesteps(self, steps: int, device: str) -> None:
+    def set_timesteps(self, steps: int) -> None:
         """The timesteps that DDIM has on this model, and noise levels to match, down to 0."""
         spaced = DDIMScheduler.from_config(dict(self._config))
-        spaced.set_timesteps(steps, device=device)
+        spaced.set_timesteps(steps, device="cpu")
         self.timesteps = spaced.timesteps
         self._alpha_bar = self._levels.alpha_bar[self.timesteps]
         sigmas = [*(1 - self._alpha_bar).sqrt().tolist(), 0.0]
         self._scheduler = IPNDMScheduler(trained_betas=sigmas)
-        self._scheduler.set_timesteps(steps, device=device)
+        self._scheduler.set_timesteps(steps, device="cpu")
         self.set_begin_index(0)
 
     def set_begin_index(self, begin: int) -> None:
