@@ -21,6 +21,8 @@ from serve_app.models.demo.diffusion import PHASES, DiffusionModel, DiffusionSta
 from serve_app.models.demo.networks import make_vae
 from serve_app.models.demo.training import Schedule, Stage, Training, restore
 
+_BATCH_PIXELS = 600_000
+"""No batch has more."""
 _PHASES = tuple(phase.name for phase in PHASES)
 STAGES = ("autoencoder", "latents", "decoder", *_PHASES, *MAKERS)
 
@@ -53,7 +55,7 @@ class Plan:
             decoder=shorter(self.decoder),
             phases={name: shorter(schedule) for name, schedule in self.phases.items()},
             net=shorter(self.net),
-            scenes={side: max(64, round(count * share)) for side, count in self.scenes.items()},
+            scenes={side: max(_BATCH_PIXELS // side**2, round(count * share)) for side, count in self.scenes.items()},
         )
 
 
