@@ -142,6 +142,18 @@ class MapCache:
         Raises:
             What ``make`` raises, to all who wait for it in this process.
         """
+        made = await self._get(key, caching, make)
+        if time.monotonic() >= self._sweep_at:
+            self._sweep_at = time.monotonic() + _SWEEP_EVERY_S
+            await asyncio.to_thread(self._sweep)
+        return made
+
+    async def close(self) -> None:
+        """Wait for the maps that are being made."""
+        if self._tasks:
+            await asyncio.wait(tuple(self._tasks))
+
+    async def _get(self, key: str, caching: Caching, make: Make) -> MadeMap:
         if caching is Caching.NONE:
             self._tell("off")
             return await make(lambda: None)
@@ -160,11 +172,6 @@ class MapCache:
             if not (making.waiters or making.begun or task.done()):
                 self._forget(key, task)
                 task.cancel()
-
-    async def close(self) -> None:
-        """Wait for the maps that are being made."""
-        if self._tasks:
-            await asyncio.wait(tuple(self._tasks))
 
     def _start(self, key: str, caching: Caching, make: Make) -> tuple[_Making, asyncio.Task[MadeMap]]:
         making = _Making()
@@ -281,7 +288,6 @@ class MapCache:
             ready = ReadyMap(made.info.model_dump_json(), hashlib.sha256(png).hexdigest())
             if not self._index.publish(key, holder, ready) and not self._index.known(key):
                 self._objects.delete(_object(key))  # this process stood still, and others have cleaned up behind it
-            self._sweep(holder)
             self._meter.set("map_cache_bytes", self._index.total_bytes())
         except KeyError:
             self._let_go(key, holder)  # no room
@@ -290,12 +296,15 @@ class MapCache:
             self._let_go(key, holder)
         return made
 
-    def _sweep(self, holder: str) -> None:
-        if time.monotonic() < self._sweep_at:
-            return
-        self._sweep_at = time.monotonic() + _SWEEP_EVERY_S
-        while gone := self._index.take_old(holder, KEPT_S, self._lease_s):
-            self._delete(holder, gone)
+    def _sweep(self) -> None:
+        """Delete what nobody uses any more, of all replicas. Maps that are only found, or no longer kept, age too."""
+        holder = uuid.uuid4().hex
+        try:
+            while gone := self._index.take_old(holder, KEPT_S, self._lease_s):
+                self._delete(holder, gone)
+            self._meter.set("map_cache_bytes", self._index.total_bytes())
+        except _TROUBLE:
+            logger.warning("old control maps could not be deleted", exc_info=True)
 
     def _delete(self, holder: str, keys: tuple[str, ...]) -> None:
         """Objects first: what has a row is counted."""

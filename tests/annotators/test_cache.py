@@ -168,6 +168,20 @@ async def test_what_nobody_uses_for_a_day_goes(database: Database, objects: Loca
     assert objects.info(f"{FOLDER}/cc/{used}.png") is not None
 
 
+@pytest.mark.parametrize("last", ["found", "none are kept", "uncached"])
+async def test_old_maps_go_though_none_is_made(sqlite: Database, objects: LocalStore, last: str) -> None:
+    old, used = "b" * 64, "c" * 64
+    for key in (old, used):
+        await replica(sqlite, objects).cache.get(key, Caching.SHARED, Detector())
+    with sqlite.transaction() as connection:
+        aged = sa.update(control_maps).where(control_maps.c.key == old)
+        connection.execute(aged.values(used_at=control_maps.c.used_at - KEPT_S - 1))
+    one = replica(sqlite, objects, shared=0 if last == "none are kept" else 2**20)
+    await one.cache.get(used, Caching.NONE if last == "uncached" else Caching.SHARED, Detector())
+    assert {row.key for row in rows(sqlite)} == {used}
+    assert objects.info(f"{FOLDER}/bb/{old}.png") is None
+
+
 async def test_what_exceeds_the_bound_alone_is_not_kept(sqlite: Database, objects: LocalStore) -> None:
     detector = Detector()
     one = replica(sqlite, objects, memory=0, shared=10)

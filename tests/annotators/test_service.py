@@ -206,12 +206,11 @@ async def test_detectors_run_one_at_a_time_and_others_beside_them(start: Start) 
 async def test_cancelled_calls_leave_no_work_behind(start: Start) -> None:
     meter = SlowMeter()
     service = start(meter=meter).service
-    first, *others = (
-        asyncio.create_task(service.annotate(task(resolution=size), PHOTO, None, None)) for size in (64, 128, 192)
-    )
+    first = asyncio.create_task(service.annotate(task(resolution=64), PHOTO, None, None))
     while not meter.now:  # noqa: ASYNC110  - it happens in a thread
         await asyncio.sleep(0.01)
-    await asyncio.sleep(0.2)  # the others wait their turn by now
+    others = [asyncio.create_task(service.annotate(task(resolution=s), PHOTO, None, None)) for s in (128, 192)]
+    await asyncio.sleep(0.2)  # they wait their turn by now
     for other in others:
         other.cancel()
     await asyncio.wait(others)
