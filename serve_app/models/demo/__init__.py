@@ -17,7 +17,7 @@ DEMO_CONTROL_TYPES = ("canny", "scribble", "inpaint", "lineart", "shuffle", "til
 TRAINED = Path(__file__).parent / "trained"
 """The model as the package ships it, in diffusers layout."""
 
-VERSION = "1"
+VERSION = "2"
 """Goes up with every change of what is built; a folder of another version is built anew."""
 VERSION_FILE = "VERSION"
 """Written last."""
