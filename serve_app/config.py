@@ -208,7 +208,7 @@ class AnnotatorConfig(ReplicaConfig):
     weights_folder: Path | None = None
     """Where the detectors' weights lie, see ``controlnet-serve weights``; None: ``annotators`` in the data folder."""
     device: str = "auto"
-    """As ``DenoiserConfig.device``, for detectors with weights. On a cluster ``auto`` with ``num_gpus: 0`` is the CPU."""
+    """As ``DenoiserConfig.device``, for detectors with weights; on Ray ``auto`` with ``num_gpus: 0`` is the CPU."""
     detector_memory_bytes: Count = 4 * 1024**3
     """Budget of the loaded detectors; the least recently used one that no request holds goes first."""
 
