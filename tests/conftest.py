@@ -7,9 +7,10 @@ import os
 
 import pytest
 
+from support.databases import any_database, database
 from support.postgres import postgres_url
 
-__all__ = ["postgres_url"]
+__all__ = ["any_database", "database", "postgres_url"]
 
 os.environ.update({"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"})
 os.environ.update({"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})

@@ -1,7 +1,6 @@
 """API keys: making, checking, revoking."""
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,14 +11,6 @@ from serve_app.errors import InvalidKey, ValidationFailed
 from serve_app.keys import KeyStore
 
 GIVEN = "a-key-of-our-own-0001"
-
-
-@pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
-    database = Database(f"sqlite:///{tmp_path}/keys.sqlite3")
-    database.migrate()
-    yield database
-    database.close()
 
 
 @pytest.fixture

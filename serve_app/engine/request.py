@@ -15,9 +15,8 @@ from serve_app.engine.conditions import Conditions, conditions
 from serve_app.engine.samplers import ModelCall, Sampler
 from serve_app.errors import FamilyMismatch, JobError, ServeError
 from serve_app.models.components import BaseComponents, NetComponents
+from serve_app.models.sources import INPAINT_CHANNELS
 from serve_app.tasks import AttemptRef, ControlMap, GenerationTask, ImageArray, Mode
-
-_INPAINT_CHANNELS = 9
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,7 +68,7 @@ class GenerationRequest:
     @property
     def inpaint_unet(self) -> bool:
         """Whether the UNet takes mask and masked image as input."""
-        return bool(self.base.unet.config.in_channels == _INPAINT_CHANNELS)
+        return bool(self.base.unet.config.in_channels == INPAINT_CHANNELS)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -230,7 +229,7 @@ def check_families(base: BaseComponents, nets: Sequence[NetComponents]) -> None:
 
 
 def _check_mode(base: BaseComponents, mode: Mode) -> None:
-    if base.unet.config.in_channels == _INPAINT_CHANNELS and mode is not Mode.MASKED:
+    if base.unet.config.in_channels == INPAINT_CHANNELS and mode is not Mode.MASKED:
         raise JobError(f"The model {base.id!r} is made for inpainting: it needs an init image and a mask.")
 
 

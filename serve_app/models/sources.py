@@ -58,7 +58,7 @@ _WEIGHTS_STEM: Mapping[str, str] = {
     "text_encoder_2": "model",
 }
 _CONTROLNETS = ("ControlNetModel", "ControlNetUnionModel")
-_INPAINT_CHANNELS = 9
+INPAINT_CHANNELS = 9
 """Four of the latent, one of the mask, four of the masked image."""
 _UNION_TYPES = 6
 """diffusers' default of ``num_control_type``."""
@@ -91,7 +91,7 @@ class ResolvedSource:
     @property
     def inpaints(self) -> bool | None:
         """Of a base model, whether its UNet takes mask and masked image beside the latent."""
-        return None if self.type is not ModelType.BASE else self.config.get("in_channels") == _INPAINT_CHANNELS
+        return None if self.type is not ModelType.BASE else self.config.get("in_channels") == INPAINT_CHANNELS
 
     @property
     def union_types(self) -> int | None:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from serve_app.database import Database
 from serve_app.storage.local import LocalStore
 from support.detectors import Detectors, fake_mediapipe
 
@@ -17,14 +16,6 @@ def detectors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Detectors]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "mediapipe", fake_mediapipe())
         yield Detectors(tmp_path_factory.mktemp("weights"))
-
-
-@pytest.fixture
-def sqlite(tmp_path: Path) -> Iterator[Database]:
-    database = Database(f"sqlite:///{tmp_path}/maps.sqlite3")
-    database.migrate()
-    yield database
-    database.close()
 
 
 @pytest.fixture

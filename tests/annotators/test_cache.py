@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,21 +25,9 @@ from support.maps import INFO, KEY, Detector, replica, rows
 from support.postgres import new_database
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
-    if request.param == "sqlite":
-        url = f"sqlite:///{tmp_path}/maps.sqlite3"
-    else:
-        url = new_database(request.getfixturevalue("postgres_url"))
-    database = Database(url)
-    database.migrate()
-    yield database
-    database.close()
-
-
-async def test_another_replica_finds_the_map(database: Database, objects: LocalStore) -> None:
+async def test_another_replica_finds_the_map(any_database: Database, objects: LocalStore) -> None:
     detector = Detector()
-    first, second = replica(database, objects), replica(database, objects)
+    first, second = replica(any_database, objects), replica(any_database, objects)
     made = [await one.cache.get(KEY, Caching.SHARED, detector) for one in (first, first, second, second)]
     assert detector.runs == 1
     assert all(np.array_equal(one.pixels, np.full((16, 16, 3), 7)) and one.info == INFO for one in made)
@@ -49,10 +37,10 @@ async def test_another_replica_finds_the_map(database: Database, objects: LocalS
         made[0].pixels[0, 0, 0] = 1
 
 
-async def test_three_at_once_run_one_detector(database: Database, objects: LocalStore) -> None:
+async def test_three_at_once_run_one_detector(any_database: Database, objects: LocalStore) -> None:
     detector = Detector()
     detector.hold.clear()
-    replicas = [replica(database, objects) for _ in range(2)]
+    replicas = [replica(any_database, objects) for _ in range(2)]
     asked = [asyncio.create_task(one.cache.get(KEY, Caching.SHARED, detector)) for one in (*replicas, replicas[0])]
     await detector.started.wait()
     await asyncio.sleep(0.3)
@@ -64,30 +52,30 @@ async def test_three_at_once_run_one_detector(database: Database, objects: Local
 
 @pytest.mark.parametrize("caching", [Caching.MEMORY, Caching.SHARED])
 async def test_an_error_reaches_all_who_wait_and_is_not_kept(
-    sqlite: Database, objects: LocalStore, caching: Caching
+    database: Database, objects: LocalStore, caching: Caching
 ) -> None:
     detector = Detector(failure=JobError("no"))
-    one = replica(sqlite, objects)
+    one = replica(database, objects)
     answers = await asyncio.gather(*(one.cache.get(KEY, caching, detector) for _ in range(3)), return_exceptions=True)
     assert [type(answer) for answer in answers] == [JobError] * 3
     assert detector.runs == 1
-    assert rows(sqlite) == []
+    assert rows(database) == []
     detector.failure = None
     assert (await one.cache.get(KEY, caching, detector)).info == INFO
 
 
-async def test_cheap_maps_stay_in_memory_and_cheaper_ones_nowhere(sqlite: Database, objects: LocalStore) -> None:
+async def test_cheap_maps_stay_in_memory_and_cheaper_ones_nowhere(database: Database, objects: LocalStore) -> None:
     detector = Detector()
-    one = replica(sqlite, objects)
+    one = replica(database, objects)
     for caching, runs in ((Caching.MEMORY, 1), (Caching.MEMORY, 1), (Caching.NONE, 2), (Caching.NONE, 3)):
         await one.cache.get(KEY, caching, detector)
         assert detector.runs == runs
-    assert rows(sqlite) == []
+    assert rows(database) == []
 
 
-async def test_memory_is_bounded(sqlite: Database, objects: LocalStore) -> None:
+async def test_memory_is_bounded(database: Database, objects: LocalStore) -> None:
     size = 16 * 16 * 3
-    one = replica(sqlite, objects, memory=2 * size)
+    one = replica(database, objects, memory=2 * size)
     detector = Detector()
     for key in ("a", "b", "a", "c"):
         await one.cache.get(key, Caching.MEMORY, detector)
@@ -155,83 +143,83 @@ async def test_however_many_images_stay_under_the_bound(postgres_url: str, image
     database.close()
 
 
-async def test_what_nobody_uses_for_a_day_goes(database: Database, objects: LocalStore) -> None:
+async def test_what_nobody_uses_for_a_day_goes(any_database: Database, objects: LocalStore) -> None:
     old, used, new = ("b" * 64, "c" * 64, "d" * 64)
     for key in (old, used):
-        await replica(database, objects).cache.get(key, Caching.SHARED, Detector())
-    with database.transaction() as connection:
+        await replica(any_database, objects).cache.get(key, Caching.SHARED, Detector())
+    with any_database.transaction() as connection:
         connection.execute(sa.update(control_maps).values(used_at=control_maps.c.used_at - KEPT_S - 1))
-    await replica(database, objects).cache.get(used, Caching.SHARED, Detector())
-    await replica(database, objects).cache.get(new, Caching.SHARED, Detector())
-    assert {row.key for row in rows(database)} == {used, new}
+    await replica(any_database, objects).cache.get(used, Caching.SHARED, Detector())
+    await replica(any_database, objects).cache.get(new, Caching.SHARED, Detector())
+    assert {row.key for row in rows(any_database)} == {used, new}
     assert objects.info(f"{FOLDER}/bb/{old}.png") is None
     assert objects.info(f"{FOLDER}/cc/{used}.png") is not None
 
 
 @pytest.mark.parametrize("last", ["found", "none are kept", "uncached"])
-async def test_old_maps_go_though_none_is_made(sqlite: Database, objects: LocalStore, last: str) -> None:
+async def test_old_maps_go_though_none_is_made(database: Database, objects: LocalStore, last: str) -> None:
     old, used = "b" * 64, "c" * 64
     for key in (old, used):
-        await replica(sqlite, objects).cache.get(key, Caching.SHARED, Detector())
-    with sqlite.transaction() as connection:
+        await replica(database, objects).cache.get(key, Caching.SHARED, Detector())
+    with database.transaction() as connection:
         aged = sa.update(control_maps).where(control_maps.c.key == old)
         connection.execute(aged.values(used_at=control_maps.c.used_at - KEPT_S - 1))
-    one = replica(sqlite, objects, shared=0 if last == "none are kept" else 2**20)
+    one = replica(database, objects, shared=0 if last == "none are kept" else 2**20)
     await one.cache.get(used, Caching.NONE if last == "uncached" else Caching.SHARED, Detector())
-    assert {row.key for row in rows(sqlite)} == {used}
+    assert {row.key for row in rows(database)} == {used}
     assert objects.info(f"{FOLDER}/bb/{old}.png") is None
 
 
-async def test_what_exceeds_the_bound_alone_is_not_kept(sqlite: Database, objects: LocalStore) -> None:
+async def test_what_exceeds_the_bound_alone_is_not_kept(database: Database, objects: LocalStore) -> None:
     detector = Detector()
-    one = replica(sqlite, objects, memory=0, shared=10)
+    one = replica(database, objects, memory=0, shared=10)
     for _ in range(2):
         assert (await one.cache.get(KEY, Caching.SHARED, detector)).info == INFO
     assert detector.runs == 2
-    assert rows(sqlite) == []
+    assert rows(database) == []
 
 
 @pytest.mark.parametrize("harm", ["missing", "damaged"])
-async def test_a_bad_object_is_made_again(sqlite: Database, objects: LocalStore, harm: str) -> None:
+async def test_a_bad_object_is_made_again(database: Database, objects: LocalStore, harm: str) -> None:
     detector = Detector()
-    await replica(sqlite, objects).cache.get(KEY, Caching.SHARED, detector)
+    await replica(database, objects).cache.get(KEY, Caching.SHARED, detector)
     key = f"{FOLDER}/aa/{KEY}.png"
     if harm == "missing":
         objects.delete(key)
     else:
         objects.put(key, encode_png(np.zeros((16, 16, 3), np.uint8)), "image/png")
     for _ in range(2):
-        made = await replica(sqlite, objects).cache.get(KEY, Caching.SHARED, detector)
+        made = await replica(database, objects).cache.get(KEY, Caching.SHARED, detector)
         assert made.pixels.max() == 7
     assert detector.runs == 2
 
 
-async def test_a_map_of_which_nothing_is_known_is_made_again(sqlite: Database, objects: LocalStore) -> None:
+async def test_a_map_of_which_nothing_is_known_is_made_again(database: Database, objects: LocalStore) -> None:
     detector = Detector()
-    await replica(sqlite, objects).cache.get(KEY, Caching.SHARED, detector)
-    with sqlite.transaction() as connection:
+    await replica(database, objects).cache.get(KEY, Caching.SHARED, detector)
+    with database.transaction() as connection:
         connection.execute(sa.update(control_maps).values(info='{"of_another_version": 1}'))
     for _ in range(2):
-        assert (await replica(sqlite, objects).cache.get(KEY, Caching.SHARED, detector)).info == INFO
+        assert (await replica(database, objects).cache.get(KEY, Caching.SHARED, detector)).info == INFO
     assert detector.runs == 2
 
 
-async def test_without_a_database_maps_are_made(sqlite: Database, objects: LocalStore) -> None:
-    with sqlite.transaction() as connection:
+async def test_without_a_database_maps_are_made(database: Database, objects: LocalStore) -> None:
+    with database.transaction() as connection:
         control_maps.drop(connection)
     detector = Detector()
-    assert (await replica(sqlite, objects).cache.get(KEY, Caching.SHARED, detector)).pixels.max() == 7
+    assert (await replica(database, objects).cache.get(KEY, Caching.SHARED, detector)).pixels.max() == 7
     assert detector.runs == 1
 
 
-async def test_without_a_store_maps_are_made(sqlite: Database, tmp_path: Path) -> None:
+async def test_without_a_store_maps_are_made(database: Database, tmp_path: Path) -> None:
     objects = LocalStore(tmp_path / "objects")
     (tmp_path / "objects" / FOLDER).write_text("in the way")
     detector = Detector()
-    for one in (replica(sqlite, objects), replica(sqlite, objects)):
+    for one in (replica(database, objects), replica(database, objects)):
         assert (await one.cache.get(KEY, Caching.SHARED, detector)).pixels.max() == 7
     assert detector.runs == 2  # neither waited for the other's lease
-    assert rows(sqlite) == []
+    assert rows(database) == []
 
 
 class Crash(BaseException):
@@ -239,9 +227,9 @@ class Crash(BaseException):
 
 
 @pytest.mark.parametrize("moment", ["put", "delete"])
-def test_what_a_crash_leaves_counts_and_goes(sqlite: Database, moment: str) -> None:
+def test_what_a_crash_leaves_counts_and_goes(database: Database, moment: str) -> None:
     """Before the row of a new object is ready, or after a row was taken back and before its object is gone."""
-    index, store = MapIndex(sqlite), CountingStore()
+    index, store = MapIndex(database), CountingStore()
 
     def add(key: str, budget: int, crash: str = "") -> None:
         assert index.claim(key, key, 0.01)
@@ -266,11 +254,11 @@ def test_what_a_crash_leaves_counts_and_goes(sqlite: Database, moment: str) -> N
         add(key, 250)
         assert sum(map(len, store.held.values())) <= 250
     assert set(store.held) == {"five", "six"}
-    assert {row.key for row in rows(sqlite)} == set(store.held)
+    assert {row.key for row in rows(database)} == set(store.held)
 
 
-def test_a_holder_that_stood_still_changes_nothing(database: Database) -> None:
-    index = MapIndex(database)
+def test_a_holder_that_stood_still_changes_nothing(any_database: Database) -> None:
+    index = MapIndex(any_database)
     assert index.claim(KEY, "slow", 0.01)
     assert not index.claim("b", "slow", 5) or not index.claim("b", "other", 5)
     time.sleep(0.05)
@@ -295,17 +283,17 @@ def make_for_ever(url: str, folder: Path, started: Any) -> None:
     asyncio.run(replica(database, LocalStore(folder), lease_s=0.9).cache.get(KEY, Caching.SHARED, hang))
 
 
-@pytest.mark.parametrize("database", ["sqlite", pytest.param("postgresql", marks=pytest.mark.full)], indirect=True)
-async def test_a_killed_replica_blocks_nobody(database: Database, tmp_path: Path) -> None:
+@pytest.mark.parametrize("any_database", ["sqlite", pytest.param("postgresql", marks=pytest.mark.full)], indirect=True)
+async def test_a_killed_replica_blocks_nobody(any_database: Database, tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     started = context.Event()
-    url = database.engine.url.render_as_string(hide_password=False)
+    url = any_database.engine.url.render_as_string(hide_password=False)
     child = context.Process(target=make_for_ever, args=(url, tmp_path / "objects", started))
     child.start()
     detector = Detector()
     try:
         assert await asyncio.to_thread(started.wait, 60)
-        one = replica(database, LocalStore(tmp_path / "objects"))
+        one = replica(any_database, LocalStore(tmp_path / "objects"))
         waiting = asyncio.create_task(one.cache.get(KEY, Caching.SHARED, detector))
         # Longer than the lease: as long as it lives, it renews it.
         await asyncio.sleep(1.5)

@@ -12,10 +12,10 @@ from serve_app.storage.local import LocalStore
 from support.maps import INFO, KEY, Detector, replica, rows
 
 
-async def test_the_first_may_hang_up(sqlite: Database, objects: LocalStore) -> None:
+async def test_the_first_may_hang_up(database: Database, objects: LocalStore) -> None:
     detector = Detector()
     detector.hold.clear()
-    one = replica(sqlite, objects)
+    one = replica(database, objects)
     first, second = (asyncio.create_task(one.cache.get(KEY, Caching.SHARED, detector)) for _ in range(2))
     await detector.started.wait()
     first.cancel()
@@ -26,9 +26,9 @@ async def test_the_first_may_hang_up(sqlite: Database, objects: LocalStore) -> N
 
 
 @pytest.mark.parametrize("caching", [Caching.MEMORY, Caching.SHARED])
-async def test_what_nobody_waits_for_is_not_begun(sqlite: Database, objects: LocalStore, caching: Caching) -> None:
+async def test_what_nobody_waits_for_is_not_begun(database: Database, objects: LocalStore, caching: Caching) -> None:
     detector = Detector()
-    one = replica(sqlite, objects)
+    one = replica(database, objects)
     async with detector.turn:
         waiting = [asyncio.create_task(one.cache.get(key, caching, detector)) for key in ("a", "a", "b", "c")]
         await asyncio.sleep(0.2)
@@ -40,13 +40,13 @@ async def test_what_nobody_waits_for_is_not_begun(sqlite: Database, objects: Loc
     assert [(await task).info for task in (waiting[1], again)] == [INFO, INFO]
     await one.cache.close()
     assert detector.runs == 2
-    assert {row.key for row in rows(sqlite)} == ({"a", "c"} if caching is Caching.SHARED else set())
+    assert {row.key for row in rows(database)} == ({"a", "c"} if caching is Caching.SHARED else set())
 
 
-async def test_what_has_begun_is_kept_though_nobody_waits(sqlite: Database, objects: LocalStore) -> None:
+async def test_what_has_begun_is_kept_though_nobody_waits(database: Database, objects: LocalStore) -> None:
     detector = Detector()
     detector.hold.clear()
-    one = replica(sqlite, objects)
+    one = replica(database, objects)
     only = asyncio.create_task(one.cache.get(KEY, Caching.SHARED, detector))
     await detector.started.wait()
     only.cancel()
@@ -57,7 +57,7 @@ async def test_what_has_begun_is_kept_though_nobody_waits(sqlite: Database, obje
 
 
 async def test_a_caller_who_leaves_while_the_lease_is_asked_for_leaves_none(
-    sqlite: Database, objects: LocalStore, monkeypatch: pytest.MonkeyPatch
+    database: Database, objects: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, answer = threading.Event(), threading.Event()
     claim = MapIndex.claim
@@ -68,11 +68,11 @@ async def test_a_caller_who_leaves_while_the_lease_is_asked_for_leaves_none(
         return claim(index, key, holder, lease_s)
 
     monkeypatch.setattr(MapIndex, "claim", slow)
-    one, detector = replica(sqlite, objects), Detector()
+    one, detector = replica(database, objects), Detector()
     task = asyncio.create_task(one.cache.get(KEY, Caching.SHARED, detector))
     assert await asyncio.to_thread(asked.wait, 30)
     task.cancel()
     await asyncio.wait([task])
     answer.set()
     await one.cache.close()
-    assert (detector.runs, rows(sqlite)) == (0, [])
+    assert (detector.runs, rows(database)) == (0, [])

@@ -6,7 +6,7 @@ import errno
 import io
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,14 +33,6 @@ PHOTO: ImageArray = resize_image(skimage.data.astronaut(), 96, 64)
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> WeightStore:
     return make_store(tmp_path_factory.mktemp("weights"), "depth_anything_v2")
-
-
-@pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
-    database = Database(f"sqlite:///{tmp_path}/maps.sqlite3")
-    database.migrate()
-    yield database
-    database.close()
 
 
 @dataclass

@@ -6,27 +6,9 @@ import pytest
 import torch
 
 from serve_app.engine.denoise import predict
-from serve_app.engine.encode import prepare
-from serve_app.engine.prompts import PromptEncoder
-from serve_app.engine.request import Seat
 from serve_app.tasks import ControlInput, GenerationTask, Mode
-from support.tiny import Zoo, controls, request, task
-
-
-def seats(zoo: Zoo, *wanted: GenerationTask) -> list[Seat]:
-    """A seat for every picture of requests that just joined."""
-    prompts = PromptEncoder()
-    joined = [prepare(request(zoo, one), prompts, 0) for one in wanted]
-    return [
-        Seat(running, picture, picture.call)
-        for running in joined
-        for picture in running.pictures
-        if picture.call is not None
-    ]
-
-
-def no_beat() -> None:
-    pass
+from support.seats import no_beat, seats
+from support.tiny import Zoo, controls, task
 
 
 @torch.inference_mode()

@@ -14,7 +14,6 @@ from diffusers.utils import logging as diffusers_logging
 
 from serve_app.config import ModelSource
 from serve_app.database import Database
-from serve_app.engine.request import GenerationRequest
 from serve_app.errors import JobError
 from serve_app.models.catalog import Catalog
 from serve_app.models.loading import load_base, load_net
@@ -22,10 +21,9 @@ from serve_app.models.publish import publish
 from serve_app.schedulers import SCHEDULERS
 from serve_app.tasks import ControlInput, GenerationTask, Mode
 from support.folders import save_base, save_net
-from support.reference import reference
+from support.reference import TOLERANCE, assert_parity
 from support.tiny import Zoo, controls, drawn_alone, latents, picture, relative_error, request, run, task, tiny_engine
 
-TOLERANCE = 1e-4
 MODES = tuple(Mode)
 STRENGTH = {Mode.TEXT: 1.0, Mode.IMAGE: 0.7, Mode.MASKED: 0.8}
 FAMILIES = {"sd2": "sd21", "xl": "sdxl", "xl-inpaint": "sdxl"}
@@ -41,10 +39,6 @@ def quiet_diffusers() -> Iterator[None]:
     diffusers_logging.set_verbosity_error()
     yield
     diffusers_logging.set_verbosity(before)
-
-
-def assert_parity(asked: GenerationRequest) -> None:
-    assert relative_error(latents(drawn_alone(asked)), reference(asked)) < TOLERANCE
 
 
 def of(model: str, mode: Mode = Mode.TEXT, **changes: Any) -> GenerationTask:

@@ -1,7 +1,7 @@
 """The engine draws what diffusers' own pipelines draw: final latents of the same request, 1e-4 relative."""
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +13,9 @@ from serve_app.engine.samplers.steps import drive
 from serve_app.schedulers import SCHEDULERS
 from serve_app.tasks import ControlInput, Mode
 from support.closed_form import GaussianModel, answer, wish
-from support.reference import reference, reference_scheduler
-from support.tiny import Zoo, controls, drawn_alone, latents, picture, relative_error, request, task
+from support.reference import assert_parity, reference, reference_scheduler
+from support.tiny import Zoo, controls, drawn_alone, picture, request, task
 
-TOLERANCE = 1e-4
 STRENGTH = {Mode.TEXT: 1.0, Mode.IMAGE: 0.7, Mode.MASKED: 0.8}
 NETS = ((), ("canny",), ("canny", "depth"))
 
@@ -28,19 +27,6 @@ def quiet_diffusers() -> Iterator[None]:
     diffusers_logging.set_verbosity_error()
     yield
     diffusers_logging.set_verbosity(before)
-
-
-@pytest.fixture
-def parity(record_property: Callable[[str, object], None]) -> Callable[[GenerationRequest], None]:
-    """Asserts that we draw what diffusers draws; how far off goes into pytest's report (``--junit-xml`` with
-    ``-o junit_family=xunit1``)."""
-
-    def check(asked: GenerationRequest) -> None:
-        error = relative_error(latents(drawn_alone(asked)), reference(asked))
-        record_property("relative_error", error)
-        assert error < TOLERANCE
-
-    return check
 
 
 NO_ADD_NOISE = "the class cannot noise an image"
@@ -77,9 +63,7 @@ def test_without_a_reference_there_is_none(zoo: Zoo, scheduler: str, mode: Mode)
 
 
 @pytest.mark.parametrize(("scheduler", "mode"), SERVED)
-def test_every_scheduler_in_every_mode(
-    zoo: Zoo, scheduler: str, mode: Mode, parity: Callable[[GenerationRequest], None]
-) -> None:
+def test_every_scheduler_in_every_mode(zoo: Zoo, scheduler: str, mode: Mode) -> None:
     """One net in every case; which net, guess mode and Karras alternate over the table."""
     odd = SERVED.index((scheduler, mode)) % 2 == 1
     wanted = task(
@@ -91,7 +75,7 @@ def test_every_scheduler_in_every_mode(
         guess_mode=odd,
         use_karras_sigmas=not odd,
     )
-    parity(request(zoo, wanted))
+    assert_parity(request(zoo, wanted))
 
 
 @pytest.mark.full
@@ -110,7 +94,6 @@ def test_whole_matrix(
     nets: tuple[str, ...],
     guess: bool,
     karras: bool,
-    parity: Callable[[GenerationRequest], None],
 ) -> None:
     wanted = task(
         scheduler=scheduler,
@@ -121,7 +104,7 @@ def test_whole_matrix(
         guess_mode=guess,
         use_karras_sigmas=karras,
     )
-    parity(request(zoo, wanted))
+    assert_parity(request(zoo, wanted))
 
 
 WINDOWED = (
@@ -171,13 +154,11 @@ WINDOWED = (
         pytest.param({"prompt": "x" * 75, "negative_prompt": "A, b.  C"}, id="prompt of 75 tokens"),
     ],
 )
-def test_one_feature_at_a_time(zoo: Zoo, changes: dict[str, Any], parity: Callable[[GenerationRequest], None]) -> None:
-    parity(request(zoo, task(**changes)))
+def test_one_feature_at_a_time(zoo: Zoo, changes: dict[str, Any]) -> None:
+    assert_parity(request(zoo, task(**changes)))
 
 
-def test_images_of_other_sizes_are_resized_as_in_the_pipelines(
-    zoo: Zoo, parity: Callable[[GenerationRequest], None]
-) -> None:
+def test_images_of_other_sizes_are_resized_as_in_the_pipelines(zoo: Zoo) -> None:
     asked = request(zoo, task(mode=Mode.MASKED, strength=0.8, controls=controls("canny")))
     larger = GenerationRequest(
         asked.ref,
@@ -188,7 +169,7 @@ def test_images_of_other_sizes_are_resized_as_in_the_pipelines(
         picture(70, 50, seed=4)[..., 0],
         asked.maps,
     )
-    parity(larger)
+    assert_parity(larger)
 
 
 def test_at_least_one_step(zoo: Zoo) -> None:

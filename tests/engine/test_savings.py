@@ -14,28 +14,11 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
 from serve_app.engine.denoise import predict
-from serve_app.engine.encode import prepare
-from serve_app.engine.prompts import PromptEncoder
-from serve_app.engine.request import Seat
-from serve_app.tasks import ControlInput, GenerationTask
+from serve_app.tasks import ControlInput
+from support.seats import no_beat, seats
 from support.tiny import Zoo, controls, latents, request, run, task, tiny_engine
 
 LATE = ControlInput(net="depth", control_type="depth", start=0.5)
-
-
-def seats(zoo: Zoo, *wanted: GenerationTask) -> list[Seat]:
-    prompts = PromptEncoder()
-    joined = [prepare(request(zoo, one), prompts, 0) for one in wanted]
-    return [
-        Seat(running, picture, picture.call)
-        for running in joined
-        for picture in running.pictures
-        if picture.call is not None
-    ]
-
-
-def no_beat() -> None:
-    pass
 
 
 @contextmanager

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from serve_app.engine.denoise import predict
-from serve_app.engine.encode import prepare
-from serve_app.engine.prompts import PromptEncoder
 from serve_app.engine.request import Seat, union_index
 from serve_app.errors import JobError
 from serve_app.tasks import ControlInput, GenerationTask
+from support.seats import no_beat, seats
 from support.tiny import Zoo, request, task
 
 CANNY, DEPTH, POSE, LINES = (
@@ -23,17 +22,6 @@ CANNY, DEPTH, POSE, LINES = (
 
 def changed(control: ControlInput, **changes: Any) -> ControlInput:
     return control.model_copy(update=changes)
-
-
-def seats(zoo: Zoo, *wanted: GenerationTask) -> list[Seat]:
-    prompts = PromptEncoder()
-    joined = [prepare(request(zoo, one), prompts, 0) for one in wanted]
-    return [
-        Seat(running, picture, picture.call)
-        for running in joined
-        for picture in running.pictures
-        if picture.call is not None
-    ]
 
 
 def asked(*controls: ControlInput, **changes: Any) -> GenerationTask:
@@ -91,10 +79,6 @@ def reference(seat: Seat) -> Tensor:
         return noise
     unconditional, conditional = noise.chunk(2)
     return unconditional + wanted.guidance_scale * (conditional - unconditional)
-
-
-def no_beat() -> None:
-    pass
 
 
 def same(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:

@@ -1,6 +1,6 @@
 """A job store on SQLite, and on both databases where a promise is about SQL."""
 
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -16,28 +16,7 @@ from serve_app.metrics import PrometheusMeter
 from serve_app.storage.local import LocalStore
 from support.backend import ScriptedBackend
 from support.dispatch import SECRET, Start, running
-from support.postgres import new_database
 from support.web import WebServer, web_server
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def any_database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
-    if request.param == "sqlite":
-        url = f"sqlite:///{tmp_path}/jobs.sqlite3"
-    else:
-        url = new_database(request.getfixturevalue("postgres_url"))
-    database = Database(url)
-    database.migrate()
-    yield database
-    database.close()
-
-
-@pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
-    database = Database(f"sqlite:///{tmp_path}/jobs.sqlite3")
-    database.migrate()
-    yield database
-    database.close()
 
 
 @pytest.fixture

@@ -14,6 +14,11 @@ from serve_app.controls import CONTROL_TYPES
 from serve_app.engine.request import GenerationRequest
 from serve_app.schedulers import SCHEDULERS
 from serve_app.tasks import GenerationTask, Mode
+from support.tiny import drawn_alone, latents, relative_error
+
+TOLERANCE = 1e-4
+ERRORS: list[float] = []
+"""Of every comparison of this session; its end tells the worst."""
 
 _MODES = {Mode.TEXT: "", Mode.IMAGE: "Img2Img", Mode.MASKED: "Inpaint"}
 
@@ -135,3 +140,10 @@ def _as_many_types_as_rows(asked: GenerationRequest) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def assert_parity(asked: GenerationRequest) -> None:
+    """We draw what diffusers draws."""
+    error = relative_error(latents(drawn_alone(asked)), reference(asked))
+    ERRORS.append(error)
+    assert error < TOLERANCE

@@ -76,7 +76,6 @@ def _schedulers(config: Mapping[str, Any], task: GenerationTask) -> tuple[Any, A
     downward.set_timesteps(task.steps, device="cpu")
     # epsilon, because what the model says is about the upper end of a step and the class would take it for the lower.
     upward = build_scheduler({**config, "prediction_type": "epsilon"}, task, task.seed)
-    upward.num_inference_steps = task.steps
     return upward, downward
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import json
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -34,19 +35,13 @@ def build_scheduler(config: Mapping[str, Any], task: GenerationTask, seed: int) 
         options["algorithm_type"] = _SPELLING.get(task.algorithm_type, task.algorithm_type)
     if "noise_sampler_seed" in inspect.signature(scheduler).parameters:
         options["noise_sampler_seed"] = seed
-    return copy.deepcopy(_prepared(spec.class_name, _Options(dict(config)), _Options(options), task.steps))
-
-
-class _Options(dict[str, Any]):
-    """Options by which a cache may look things up; nobody changes them."""
-
-    def __hash__(self) -> int:  # type: ignore[override]
-        return hash(repr(sorted(self.items())))
+    return copy.deepcopy(_prepared(spec.class_name, json.dumps([dict(config), options]), task.steps))
 
 
 @lru_cache(maxsize=64)
-def _prepared(class_name: str, config: _Options, options: _Options, steps: int) -> Any:
+def _prepared(class_name: str, settings: str, steps: int) -> Any:
     """A scheduler that nobody has stepped. Some take 0.15 s to find their timesteps, in which the batch would wait."""
+    config, options = json.loads(settings)
     scheduler = getattr(diffusers, class_name).from_config(config, **options)
     # Timesteps stay on the CPU: schedulers look indices up by value, which would wait for the GPU at every step.
     scheduler.set_timesteps(steps, device="cpu")

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from serve_app.models.demo import (
     DEMO_CONTROL_TYPES,
@@ -21,7 +20,7 @@ from serve_app.models.demo import (
     demo_net_id,
     is_complete,
 )
-from serve_app.models.demo.tokenizer import MAX_TOKENS, build_tokenizer
+from serve_app.models.demo.tokenizer import build_text_encoder, build_tokenizer
 from serve_app.models.demo.weights import fill, lay_net_path, lay_unet_path, lay_vae_path
 
 _EDGE_TYPES = ("canny", "scribble", "lineart")
@@ -49,7 +48,8 @@ def build_tiny_base(
     with torch.random.fork_rng(devices=()):  # constructors draw weights of their own, which are then replaced
         unet = _unet(channels, cross_attention_dim, seed)
         vae = _vae(vae_channels, seed + 1)
-        text_encoder = _text_encoder(tokenizer, cross_attention_dim, seed + 2)
+        text_encoder = build_text_encoder(tokenizer, cross_attention_dim, mlp_width=2 * cross_attention_dim, heads=2)
+        fill(text_encoder, seed + 2)
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
@@ -174,22 +174,3 @@ def _vae(channels: Sequence[int], seed: int) -> AutoencoderKL:
     fill(vae, seed)
     lay_vae_path(vae)
     return vae
-
-
-def _text_encoder(tokenizer: CLIPTokenizer, width: int, seed: int) -> CLIPTextModel:
-    encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=2 * width,
-            projection_dim=width,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=MAX_TOKENS,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    fill(encoder, seed)
-    return encoder

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
-from serve_app.models.demo.tokenizer import MAX_TOKENS
+from serve_app.models.demo.tokenizer import build_text_encoder
 from serve_app.models.demo.weights import fill, lay_vae_path
 
 LATENT_CHANNELS = 4
@@ -95,20 +95,7 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     transformers draws their embeddings so small that what its layers add to all of them alike drowns them: after 900
     steps the output was the same for every prompt, within a hundredth, and the UNet had learned to look past it.
     """
-    encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=TEXT_WIDTH,
-            intermediate_size=4 * TEXT_WIDTH,
-            projection_dim=TEXT_WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=MAX_TOKENS,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    encoder = build_text_encoder(tokenizer, TEXT_WIDTH, mlp_width=4 * TEXT_WIDTH, heads=4)
     nn.init.normal_(encoder.embeddings.token_embedding.weight, std=1.0)
     nn.init.normal_(encoder.embeddings.position_embedding.weight, std=0.2)
     return encoder

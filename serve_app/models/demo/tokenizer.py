@@ -1,9 +1,12 @@
-"""A CLIP tokenizer made by code: byte-level BPE, so that any text has tokens, with merges for common prompt words."""
+"""CLIP's tokenizer made by code: byte-level BPE, so that any text has tokens, with merges for common prompt words.
+
+And the text encoder of its vocabulary.
+"""
 
 from collections.abc import Iterable
 from itertools import pairwise
 
-from transformers import CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 MAX_TOKENS = 77
 """Context of CLIP, start and end token included."""
@@ -36,6 +39,24 @@ def build_tokenizer() -> CLIPTokenizer:
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer, width: int, *, mlp_width: int, heads: int) -> CLIPTextModel:
+    """An encoder of two layers, its weights as transformers draws them."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=mlp_width,
+            projection_dim=width,
+            num_hidden_layers=2,
+            num_attention_heads=heads,
+            max_position_embeddings=MAX_TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
 
 
 def _byte_symbols() -> Iterable[str]:
