@@ -5,9 +5,9 @@ import asyncio
 import ray
 
 from deployments.observability import RayMeter
-from deployments.process import node_name, replica_name
+from deployments.process import node_name, on_its_device, replica_name
 from serve_app.backend import AnnotatorStats
-from serve_app.config import AnnotatorConfig, AppConfig
+from serve_app.config import AppConfig
 from serve_app.tasks import AnnotationInfo, AnnotationTask, ImageArray, MapOutput
 
 
@@ -36,13 +36,3 @@ class Annotator:
 
     async def __del__(self) -> None:
         await self._service.close()
-
-
-def on_its_device(config: AnnotatorConfig) -> AnnotatorConfig:
-    """The configuration with ``auto`` resolved to the CPU for a replica that asked Ray for no GPU.
-
-    Ray leaves every GPU of the node visible to an actor with ``num_gpus: 0``, so torch would see those of others.
-    """
-    if config.device == "auto" and config.num_gpus == 0:
-        return config.model_copy(update={"device": "cpu"})
-    return config

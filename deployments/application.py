@@ -31,7 +31,6 @@ def build(config: AppConfig) -> Application:
     annotator = serve.deployment(
         Annotator,
         name="Annotator",
-        max_ongoing_requests=config.annotator.max_ongoing,
         max_queued_requests=QUEUED_PER_PLACE * config.annotator.max_ongoing,
         **_options(config.annotator),
     ).bind(config)
@@ -39,24 +38,18 @@ def build(config: AppConfig) -> Application:
         own.name: serve.deployment(
             Denoiser,
             name=own.name,
-            max_ongoing_requests=own.max_ongoing,
             request_router_config=RequestRouterConfig(request_router_class=GroupRouter),
             **_options(own, KEEP_HEAP),
         ).bind(config, own.name)
         for own in config.denoisers
     }
-    registry = serve.deployment(Registry, name="Registry", max_ongoing_requests=1, **_options(config.registry)).bind(
-        config
+    registry = serve.deployment(Registry, name="Registry", **_options(config.registry)).bind(config)
+    dispatcher = serve.deployment(Dispatcher, name="Dispatcher", **_options(config.dispatcher)).bind(
+        config, annotator, denoisers
     )
-    dispatcher = serve.deployment(
-        Dispatcher, name="Dispatcher", max_ongoing_requests=1000, **_options(config.dispatcher)
-    ).bind(config, annotator, denoisers)
-    return serve.deployment(
-        Gateway,
-        name="Gateway",
-        max_ongoing_requests=config.gateway.max_ongoing_requests,
-        **_options(config.gateway),
-    ).bind(config, dispatcher, registry, annotator, denoisers)
+    return serve.deployment(Gateway, name="Gateway", **_options(config.gateway)).bind(
+        config, dispatcher, registry, annotator, denoisers
+    )
 
 
 def _options(replica: ReplicaConfig, more_environment: Mapping[str, str] = NOTHING) -> dict[str, Any]:
@@ -67,9 +60,10 @@ def _options(replica: ReplicaConfig, more_environment: Mapping[str, str] = NOTHI
             "num_gpus": replica.num_gpus,
             "runtime_env": {"env_vars": environment(replica.threads) | dict(more_environment)},
         },
+        "max_ongoing_requests": replica.calls_at_once,
         "graceful_shutdown_timeout_s": replica.graceful_shutdown_timeout_s,
         **HEALTH,
     }
-    if replica.autoscaling_config is None:
+    if replica.scaling is None:
         return options | {"num_replicas": replica.replicas}
-    return options | {"autoscaling_config": replica.autoscaling_config.model_dump(exclude_none=True)}
+    return options | {"autoscaling_config": replica.scaling.model_dump(exclude_none=True)}

@@ -1,7 +1,7 @@
 """Denoiser replicas: one engine each, on one GPU or on the CPU."""
 
 from deployments.observability import RayMeter
-from deployments.process import node_name, replica_name
+from deployments.process import node_name, on_its_device, replica_name
 from serve_app.backend import DenoiserStats
 from serve_app.config import AppConfig
 from serve_app.tasks import AttemptRef, ControlMap, GenerationResult, GenerationTask, ImageArray, OutputOptions
@@ -16,7 +16,7 @@ class Denoiser:
         from serve_app.models.cache import open_cache
         from serve_app.resources import open_resources
 
-        own = next(denoiser for denoiser in config.denoisers if denoiser.name == name)
+        own = on_its_device(next(denoiser for denoiser in config.denoisers if denoiser.name == name))
         torch.set_num_threads(own.threads)
         resources = open_resources(config)
         self._cache = open_cache(own, resources.catalog)

@@ -14,7 +14,9 @@ class AutoscalingConfig(Section):
     min_replicas: Annotated[int, Field(ge=0)] = 1
     max_replicas: Count = 1
     initial_replicas: Annotated[int, Field(ge=0)] | None = None
-    target_ongoing_requests: Annotated[float, Field(gt=0)] = 8
+    target_ongoing_requests: Annotated[float, Field(gt=0)] | None = None
+    """Calls per replica, running and waiting, that Serve keeps to by adding replicas; None: half of those that a
+    replica runs at once."""
     upscale_delay_s: Annotated[float, Field(ge=0)] = 0.0
     downscale_delay_s: Annotated[float, Field(ge=0)] = 300.0
 
@@ -37,6 +39,30 @@ class ReplicaConfig(Section):
     """Threads of torch and OpenMP in one replica."""
     graceful_shutdown_timeout_s: Seconds = 120.0
 
+    @property
+    def calls_at_once(self) -> int:
+        """Calls that one replica takes before others wait: Serve's ``max_ongoing_requests``."""
+        return 1
+
+    @property
+    def scaling(self) -> AutoscalingConfig | None:
+        """``autoscaling_config`` with its target filled in."""
+        own = self.autoscaling_config
+        if own is None or own.target_ongoing_requests is not None:
+            return own
+        return own.model_copy(update={"target_ongoing_requests": self.calls_at_once / 2})
+
+    @model_validator(mode="after")
+    def _scales_in_time(self) -> Self:
+        """Serve compares the target with running and waiting calls together, and runs no more than a replica takes."""
+        target = self.scaling.target_ongoing_requests if self.scaling else None
+        if target is not None and target >= self.calls_at_once:
+            raise ValueError(
+                f"autoscaling_config.target_ongoing_requests {target:g} must be below {self.calls_at_once}, the calls "
+                "that one replica takes at once: a replica would be added only when calls wait already"
+            )
+        return self
+
 
 class DenoiserConfig(ReplicaConfig):
     """One deployment of engine replicas."""
@@ -45,7 +71,7 @@ class DenoiserConfig(ReplicaConfig):
     families: tuple[str, ...] = ()
     """Base families served here; empty: every family that no other denoiser names."""
     device: str = "auto"
-    """``auto``: cuda where torch sees a GPU, else cpu."""
+    """``auto``: cuda where torch sees a GPU, else cpu; on Ray with ``num_gpus: 0`` the CPU."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """``auto``: float16 on cuda, float32 on cpu."""
     max_rows: Annotated[int, Field(ge=2)] = 16
@@ -76,6 +102,10 @@ class DenoiserConfig(ReplicaConfig):
         return self.max_running + self.waiting_room
 
     @property
+    def calls_at_once(self) -> int:
+        return self.max_ongoing
+
+    @property
     def capacity(self) -> int:
         """Requests all replicas hold at their largest number; more than that is kept in the database."""
         scaling = self.autoscaling_config
@@ -89,13 +119,21 @@ class AnnotatorConfig(ReplicaConfig):
     weights_folder: Path | None = None
     """Where the detectors' weights lie, see ``controlnet-serve weights``; None: ``annotators`` in the data folder."""
     device: str = "auto"
-    """As ``DenoiserConfig.device``, for detectors with weights; on Ray ``auto`` with ``num_gpus: 0`` is the CPU."""
+    """As ``DenoiserConfig.device``, for detectors with weights."""
     detector_memory_bytes: Count = 4 * 1024**3
     """Budget of the loaded detectors; the least recently used one that no request holds goes first."""
+
+    @property
+    def calls_at_once(self) -> int:
+        return self.max_ongoing
 
 
 class GatewayConfig(ReplicaConfig):
     max_ongoing_requests: Count = 4000
+
+    @property
+    def calls_at_once(self) -> int:
+        return self.max_ongoing_requests
 
 
 class DispatcherConfig(ReplicaConfig):
@@ -109,3 +147,8 @@ class DispatcherConfig(ReplicaConfig):
     attempt_timeout_s: Seconds = 21_600.0
     """A last resort against a call that was lost without a word. An attempt's time covers waiting for a replica and
     for the engine, however long the queue there is; a replica that hangs is found by its own health check."""
+
+    @property
+    def calls_at_once(self) -> int:
+        """Nudges; the jobs it drives are no calls of Serve."""
+        return 1000

@@ -65,3 +65,12 @@ def test_annotators_scale_apart_on_a_share_of_a_gpu() -> None:
     assert own.ray_actor_options["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] == "2"
     assert (own.max_ongoing_requests, own._deployment_config.max_queued_requests) == (3, 48)
     assert found["Denoiser"].num_replicas == 4
+
+
+def test_what_nobody_sets_scales_before_calls_wait() -> None:
+    scaling = {"autoscaling_config": {"max_replicas": 4}}
+    sections = ("annotator", "gateway", "dispatcher", "registry")
+    config = AppConfig.model_validate(dict.fromkeys(sections, scaling) | {"denoisers": [scaling]})
+    for deployment in deployments(config).values():
+        target = deployment._deployment_config.autoscaling_config.target_ongoing_requests
+        assert target == deployment.max_ongoing_requests / 2
