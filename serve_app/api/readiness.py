@@ -1,6 +1,8 @@
 """What the annotator replicas lack, as a gateway knows it."""
 
 import asyncio
+import contextvars
+import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -8,30 +10,72 @@ from typing import Final
 
 from serve_app.backend import BackendStats
 
-_FRESH_S: Final = 10.0
-_FIRST_WAIT_S: Final = 2.0
+logger = logging.getLogger(__name__)
+
+FRESH_S: Final = 10.0
+"""How old an answer may be that is used: weights are fetched while the cluster runs."""
+PATIENCE_S: Final = 2.5
+"""How long a request waits for an answer. Backends give each replica 2 s: one that hangs must not hide the others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """What the replicas that answered lack. Without an answer nothing is known, which is not the same as ready."""
+
+    missing: Mapping[str, str] | None
+    """Annotator -> what it lacks, on one replica or more; None: no replica has answered."""
+
+    def ready(self, annotator: str) -> bool | None:
+        """Whether the annotator lacks nothing; None: not known."""
+        return None if self.missing is None else annotator not in self.missing
+
+    def lacks(self, annotator: str) -> str | None:
+        """What the annotator is known to lack."""
+        return None if self.missing is None else self.missing.get(annotator)
 
 
 @dataclass(slots=True)
 class AnnotatorReadiness:
-    """What the annotator replicas lack, asked of them at most every 10 s. One per gateway process."""
+    """Asks the replicas, once for all requests that want to know at the same time. One per gateway process."""
 
-    _missing: Mapping[str, str] | None = None
-    _asked_at: float = 0.0
+    clock: Callable[[], float] = time.monotonic
+    patience_s: float = PATIENCE_S
+    _known: Readiness = Readiness(None)
+    _known_at: float = 0.0
     _asking: set[asyncio.Task[None]] = field(default_factory=set)
 
-    async def missing(self, stats: Callable[[], Awaitable[BackendStats]]) -> Mapping[str, str]:
-        """Annotator -> what it lacks, on one replica or more. Empty while no replica has told."""
-        if not self._asking and (self._missing is None or time.monotonic() - self._asked_at > _FRESH_S):
-            task = asyncio.create_task(self._ask(stats), name="annotator-readiness")
-            self._asking.add(task)
-            task.add_done_callback(self._asking.discard)
-        if self._missing is None and self._asking:
-            await asyncio.wait(self._asking, timeout=_FIRST_WAIT_S)
-        return self._missing or {}
+    async def state(self, stats: Callable[[], Awaitable[BackendStats]]) -> Readiness:
+        """What the replicas said within the last 10 s; else they are asked, for at most 2.5 s. Never raises."""
+        if self._now().missing is None:
+            if not self._asking:
+                self._start(stats)
+            await asyncio.wait(self._asking, timeout=self.patience_s)
+        return self._now()
+
+    def learn(self, stats: BackendStats) -> Readiness:
+        """What replicas say in ``stats``, which were asked for just now; without a word from them what is known."""
+        self._take(stats, self.clock())
+        return self._now()
+
+    def _now(self) -> Readiness:
+        return self._known if self.clock() - self._known_at <= FRESH_S else Readiness(None)
+
+    def _take(self, stats: BackendStats, asked_at: float) -> None:
+        if stats.annotators:
+            found = {name: reason for one in stats.annotators for name, reason in one.missing.items()}
+            self._known, self._known_at = Readiness(found), asked_at
+
+    def _start(self, stats: Callable[[], Awaitable[BackendStats]]) -> None:
+        # In a context of its own: Serve cancels the calls of a request whose client hangs up, and others wait here too.
+        task = asyncio.create_task(self._ask(stats), name="annotator-readiness", context=contextvars.Context())
+        self._asking.add(task)
+        task.add_done_callback(self._asked)
 
     async def _ask(self, stats: Callable[[], Awaitable[BackendStats]]) -> None:
-        self._asked_at = time.monotonic()
-        replicas = (await stats()).annotators
-        if replicas:
-            self._missing = {name: reason for replica in replicas for name, reason in replica.missing.items()}
+        asked_at = self.clock()
+        self._take(await stats(), asked_at)
+
+    def _asked(self, task: asyncio.Task[None]) -> None:
+        self._asking.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.warning("the annotators could not be asked what they lack", exc_info=error)

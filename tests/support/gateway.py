@@ -95,6 +95,8 @@ class PaintedBackend:
     replicas: int = 1
     missing: dict[str, str] = field(default_factory=dict)
     """Annotators that lack something."""
+    silent: bool = False
+    """No annotator replica answers."""
 
     def __post_init__(self) -> None:
         self.gate.set()
@@ -173,7 +175,7 @@ class PaintedBackend:
         annotator = AnnotatorStats(
             replica="a1", node="node-b", pid=2, annotate_calls=len(self.annotated), missing=self.missing
         )
-        return BackendStats(denoisers=(denoiser,) * self.replicas, annotators=(annotator,))
+        return BackendStats(denoisers=(denoiser,) * self.replicas, annotators=() if self.silent else (annotator,))
 
     async def capacity(self) -> int:
         return 8

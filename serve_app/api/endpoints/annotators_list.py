@@ -1,6 +1,5 @@
 """``GET annotators``: which control types there are, what makes their maps, and with which parameters."""
 
-from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import BaseModel
@@ -8,6 +7,7 @@ from pydantic import BaseModel
 from serve_app.annotators import ANNOTATORS, Param, Switch
 from serve_app.api.envelopes import Answer
 from serve_app.api.operations import Call
+from serve_app.api.readiness import Readiness
 from serve_app.controls import CONTROL_TYPES, ControlType
 
 
@@ -29,7 +29,8 @@ class AnnotatorState(BaseModel):
 
     name: str
     parameters: list[ParameterState]
-    ready: bool
+    ready: bool | None
+    """null: no annotator replica has answered, so nobody knows; requests are accepted and tried."""
     missing: str | None
     """What it lacks: file, source, licence, and the command that gets it."""
 
@@ -38,8 +39,8 @@ class ControlTypeState(BaseModel):
     control_type: str
     annotator: str
     """The default."""
-    ready: bool
-    """Whether the default annotator is ready."""
+    ready: bool | None
+    """Whether the default annotator is ready, as there."""
     needs_mask: bool
     annotators: list[AnnotatorState]
     nets: dict[str, str]
@@ -53,31 +54,36 @@ class AnnotatorsAnswer(BaseModel):
 
 async def annotators_list(call: Call) -> Answer:
     """List the control types, their annotators with parameters, and which of them are ready."""
-    missing = await call.services.annotators.missing(call.services.backend_stats)
-    types = [_type_state(name, row, missing) for name, row in CONTROL_TYPES.items()]
+    state = await call.services.annotators.state(call.services.backend_stats)
+    types = [_type_state(name, row, state) for name, row in CONTROL_TYPES.items()]
     return Answer(AnnotatorsAnswer(control_types=types).model_dump(mode="json"))
 
 
-def ready_types(missing: Mapping[str, str]) -> list[str]:
-    """Control types whose default annotator lacks nothing."""
-    return [name for name, row in CONTROL_TYPES.items() if row.annotator not in missing]
+def ready_types(state: Readiness) -> list[str] | None:
+    """Control types whose default annotator lacks nothing; None: not known."""
+    if state.missing is None:
+        return None
+    return [name for name, row in CONTROL_TYPES.items() if state.ready(row.annotator)]
 
 
-def _type_state(name: str, row: ControlType, missing: Mapping[str, str]) -> ControlTypeState:
+def _type_state(name: str, row: ControlType, state: Readiness) -> ControlTypeState:
     return ControlTypeState(
         control_type=name,
         annotator=row.annotator,
-        ready=row.annotator not in missing,
+        ready=state.ready(row.annotator),
         needs_mask=row.needs_mask,
-        annotators=[_annotator_state(annotator, missing.get(annotator)) for annotator in row.annotators],
+        annotators=[_annotator_state(annotator, state) for annotator in row.annotators],
         nets=dict(row.nets),
     )
 
 
-def _annotator_state(name: str, missing: str | None) -> AnnotatorState:
+def _annotator_state(name: str, state: Readiness) -> AnnotatorState:
     params = ANNOTATORS[name].params if name in ANNOTATORS else ()
     return AnnotatorState(
-        name=name, parameters=[_parameter(param) for param in params], ready=missing is None, missing=missing
+        name=name,
+        parameters=[_parameter(param) for param in params],
+        ready=state.ready(name),
+        missing=state.lacks(name),
     )
 
 

@@ -160,14 +160,14 @@ def _read(param: Param | Switch, value: object) -> JsonScalar:
 
 
 async def check_ready(maps: Sequence[MapInput], services: Services, problems: Problems) -> None:
-    """An annotator that lacks its weights is a problem of the request: it would fail every time."""
+    """An annotator that is known to lack its weights is a problem of the request: it would fail every time."""
     if not any(one.annotator is not None and ANNOTATORS[one.annotator].networks for one in maps):
         return
-    missing = await services.annotators.missing(services.backend_stats)
+    state = await services.annotators.state(services.backend_stats)
     for one in maps:
-        if one.annotator is not None and one.annotator in missing:
+        if one.annotator is not None and (lacks := state.lacks(one.annotator)) is not None:
             problems.add(
                 "annotator",
-                f"The annotator {one.annotator!r} of {one.control_type!r} is not available: {missing[one.annotator]}. "
+                f"The annotator {one.annotator!r} of {one.control_type!r} is not available: {lacks}. "
                 "Or send the control map itself with auto_hint: no.",
             )

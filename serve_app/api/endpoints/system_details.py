@@ -25,8 +25,8 @@ class SystemAnswer(BaseModel):
     """Denoiser replicas on a GPU."""
     denoisers: list[DenoiserStats]
     annotators: list[AnnotatorStats]
-    control_types_ready: list[str]
-    """Control types whose default annotator lacks nothing on any replica."""
+    control_types_ready: list[str] | None
+    """Control types whose default annotator lacks nothing on any replica; null: no annotator replica has answered."""
 
 
 async def system_details(call: Call) -> Answer:
@@ -46,6 +46,6 @@ async def system_details(call: Call) -> Answer:
         gpus=sum(replica.device.startswith("cuda") for replica in stats.denoisers),
         denoisers=list(stats.denoisers),
         annotators=list(stats.annotators),
-        control_types_ready=ready_types({name: why for one in stats.annotators for name, why in one.missing.items()}),
+        control_types_ready=ready_types(services.annotators.learn(stats)),
     )
     return Answer(answer.model_dump(mode="json"))
