@@ -7,7 +7,7 @@ import pytest
 from prometheus_client import generate_latest
 
 from deployments.observability import RayMeter
-from serve_app.annotators import ANNOTATORS
+from serve_app.annotators import ANNOTATORS, Param
 from serve_app.controls import CONTROL_TYPES, annotator_problem, control_type_problem
 from serve_app.engine.samplers import SAMPLERS
 from serve_app.engine.samplers.steps import build_scheduler
@@ -43,6 +43,11 @@ def test_annotators_can_be_imported_and_say_what_their_parameters_mean(name: str
     for param in row.params:
         assert param.read(param.default) == param.default
         assert param.help
+        if isinstance(param, Param):
+            assert not param.below or param.below in {other.name for other in row.params} - {param.name}
+            numbers = (param.default, param.minimum, param.maximum, param.step)
+            assert not param.whole or all(isinstance(number, int) for number in numbers)
+    assert row.read({}) == {param.name: param.default for param in row.params}
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)

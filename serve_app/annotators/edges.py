@@ -11,10 +11,7 @@ _FULL = 255
 
 
 def canny(source: Source) -> ControlMap:
-    """OpenCV's Canny on all three channels, with the thresholds the ControlNets were trained with as defaults.
-
-    Swapped thresholds mean the same as sorted ones.
-    """
+    """OpenCV's Canny on all three channels, with the thresholds the ControlNets were trained with as defaults."""
     return _grey_to_rgb(cv2.Canny(source.image, source.params["low_threshold"], source.params["high_threshold"]))
 
 

@@ -22,24 +22,34 @@ class Param:
     help: str
     or_zero: bool = False
     """0 is accepted too, below ``minimum``; what it means, ``help`` says."""
+    whole: bool = False
+    """It counts something: fractions are refused."""
+    below: str = ""
+    """Another parameter of the same annotator that this one must be smaller than."""
 
     @property
-    def bounds(self) -> str:
+    def expects(self) -> str:
         """The numbers that are accepted, in words."""
-        return f"{'0 or ' * self.or_zero}from {self.minimum:g} to {self.maximum:g}"
+        kind = "a whole number" if self.whole else "a number"
+        return f"{kind} {'0 or ' * self.or_zero}from {self.minimum:g} to {self.maximum:g}"
 
     def accepts(self, number: float) -> bool:
-        return self.minimum <= number <= self.maximum or (self.or_zero and number == 0)
+        in_range = self.minimum <= number <= self.maximum or (self.or_zero and number == 0)
+        return in_range and (not self.whole or number == int(number))
+
+    def effective(self, number: float) -> float:
+        """An accepted number as its default is written, so that 50 and 50.0 are one value, for the cache too."""
+        return int(number) if isinstance(self.default, int) and number == int(number) else number
 
     def read(self, value: JsonScalar) -> float:
         """``value``, checked.
 
         Raises:
-            JobError: not a number, or out of range.
+            JobError: not a number, or not one that is accepted.
         """
         if isinstance(value, int | float) and not isinstance(value, bool) and self.accepts(value):
-            return value
-        raise JobError(f"The annotator parameter {self.name} must be a number {self.bounds}, got {value!r}.")
+            return self.effective(value)
+        raise JobError(f"The annotator parameter {self.name} must be {self.expects}, got {value!r}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +117,25 @@ class AnnotatorRow:
         """The effective parameters.
 
         Raises:
-            JobError: an unknown name or a bad value.
+            JobError: an unknown name, a bad value, or two that contradict each other.
         """
         names = tuple(param.name for param in self.params)
         for name in given:
             if name not in names:
                 raise JobError(one_of("annotator parameter", name, names or ("none",)))
-        return {param.name: param.read(given.get(param.name, param.default)) for param in self.params}
+        values = {param.name: param.read(given.get(param.name, param.default)) for param in self.params}
+        for problem in self.contradictions(values):
+            raise JobError(f"{problem}.")
+        return values
+
+    def contradictions(self, values: Mapping[str, JsonScalar]) -> list[str]:
+        """Which of these parameters, each good by itself, do not go together."""
+        found = []
+        for param in self.params:
+            if isinstance(param, Param) and param.below and {param.name, param.below} <= set(values):
+                value, bound = values[param.name], values[param.below]
+                if isinstance(value, int | float) and isinstance(bound, int | float) and value >= bound:
+                    found.append(
+                        f"The annotator parameter {param.name} must be below {param.below}, got {value:g} and {bound:g}"
+                    )
+        return found

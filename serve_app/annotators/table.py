@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from serve_app.annotators.source import AnnotatorRow, Param, Switch
 
 _SAFE = Switch("safe", False, "Three levels only, so that the photo cannot be read back from the edges")
+_LOW = "Gradient above which an edge goes on"
 _OPENPOSE_SIZE = 512
 """OpenPose works on pictures 184 pixels high whatever it is given: more only costs time. Points are drawn at the
 output's size in any case."""
@@ -12,15 +13,15 @@ output's size in any case."""
 
 def _resolution(default: int = 0) -> Param:
     what = "Short side in pixels at which the detector looks; 0: the output's own size (pixel perfect)"
-    return Param("resolution", default, 64, 1024, 64, what, or_zero=True)
+    return Param("resolution", default, 64, 1024, 64, what, or_zero=True, whole=True)
 
 
 ANNOTATORS: Mapping[str, AnnotatorRow] = {
     "canny": AnnotatorRow(
         "serve_app.annotators.edges:canny",
         (
-            Param("low_threshold", 100, 0, 255, 1, "Gradient above which an edge goes on"),
-            Param("high_threshold", 200, 0, 255, 1, "Gradient above which an edge starts"),
+            Param("low_threshold", 100, 0, 255, 1, _LOW, whole=True, below="high_threshold"),
+            Param("high_threshold", 200, 0, 255, 1, "Gradient above which an edge starts", whole=True),
         ),
     ),
     "xdog": AnnotatorRow(
@@ -37,7 +38,7 @@ ANNOTATORS: Mapping[str, AnnotatorRow] = {
     "invert": AnnotatorRow("serve_app.annotators.pictures:invert"),
     "shuffle": AnnotatorRow(
         "serve_app.annotators.pictures:shuffle",
-        (Param("scale", 256, 16, 1024, 16, "Size of the folds in pixels"),),
+        (Param("scale", 256, 16, 1024, 16, "Size of the folds in pixels", whole=True),),
     ),
     "tile": AnnotatorRow("serve_app.annotators.pictures:tile"),
     "inpaint": AnnotatorRow("serve_app.annotators.pictures:inpaint"),
@@ -92,7 +93,7 @@ ANNOTATORS: Mapping[str, AnnotatorRow] = {
     "mediapipe_face": AnnotatorRow(
         "serve_app.annotators.face:mediapipe_face",
         (
-            Param("max_faces", 1, 1, 10, 1, "Faces drawn at most"),
+            Param("max_faces", 1, 1, 10, 1, "Faces drawn at most", whole=True),
             Param("min_confidence", 0.5, 0.01, 1, 0.01, "Confidence above which a face is a face"),
             _resolution(),
         ),

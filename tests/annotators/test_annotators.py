@@ -147,8 +147,11 @@ class TestEveryRow:
         assert dict(info.params) == {param.name: param.default for param in declared}
         bad: list[tuple[str, JsonScalar]] = [("no_such", 1)]
         for param in declared:
-            _, info = annotate(task.model_copy(update={"params": {param.name: param.maximum}}), photo(), hole())
-            assert info.params[param.name] == param.maximum
+            most = param.maximum - bool(param.below)
+            given = {param.name: most} | ({param.below: param.maximum} if param.below else {})
+            _, info = annotate(task.model_copy(update={"params": given}), photo(), hole())
+            assert info.params[param.name] == most
+            bad += [(param.name, param.maximum - 0.5)] if param.whole else []
             wrong: tuple[JsonScalar, ...] = (param.minimum - 1, param.maximum + 1, "1", True, None, math.nan, math.inf)
             bad += [(param.name, value) for value in wrong]
         for key, value in bad:
@@ -189,12 +192,17 @@ class TestAlignment:
 
 
 class TestCanny:
-    @pytest.mark.parametrize(("low", "high"), [(100, 200), (20, 60), (200, 100)])
+    @pytest.mark.parametrize(("low", "high"), [(100, 200), (20, 60), (0, 1)])
     def test_it_is_opencvs(self, low: int, high: int) -> None:
         image = photo("coffee", 96, 128)
-        edges: NDArray[np.uint8] = cv2.Canny(image, min(low, high), max(low, high))
+        edges: NDArray[np.uint8] = cv2.Canny(image, low, high)
         control_map = made("canny", image, low_threshold=low, high_threshold=high)
         assert all(np.array_equal(control_map[:, :, channel], edges) for channel in range(3))
+
+    @pytest.mark.parametrize("low", [200, 201])
+    def test_thresholds_that_leave_nothing_between_are_refused(self, low: int) -> None:
+        with pytest.raises(JobError, match=f"low_threshold must be below high_threshold, got {low} and 200"):
+            made("canny", photo(), low_threshold=low)
 
     def test_lines_are_black_and_white(self) -> None:
         for control_type in ("canny", "scribble"):

@@ -50,9 +50,14 @@ class TestTheList:
             assert row["annotator"] == row["annotators"][0]["name"]
         (low, high) = found["canny"]["annotators"][0]["parameters"]
         assert (low["name"], high["name"]) == ("low_threshold", "high_threshold")
-        assert {key: low[key] for key in ("type", "default", "min", "max", "step")} == {
-            "type": "number", "default": 100, "min": 0, "max": 255, "step": 1,
+        assert {key: value for key, value in low.items() if key not in {"name", "help"}} == {
+            "type": "integer", "default": 100, "min": 0, "max": 255, "step": 1, "also": [], "below": "high_threshold",
         }  # fmt: skip
+        assert high["below"] is None
+        (xdog,) = next(one for one in found["scribble"]["annotators"] if one["name"] == "xdog")["parameters"]
+        assert xdog["type"] == "number"
+        resolution = found["depth"]["annotators"][0]["parameters"][0]
+        assert (resolution["default"], resolution["min"], resolution["also"]) == (0, 64, [0])
         assert low["help"]
         safe = next(one for one in found["hed"]["annotators"][0]["parameters"] if one["name"] == "safe")
         assert (safe["type"], safe["default"], safe["min"]) == ("boolean", False, None)
@@ -78,11 +83,23 @@ REFUSALS: list[tuple[dict[str, Any], str, str]] = [
     (
         {"annotator_params": {"low_threshold": 256}},
         "annotator_params",
-        "low_threshold of canny must be a number from 0 to 255 (step 1), got 256",
+        "low_threshold of canny must be a whole number from 0 to 255 (step 1), got 256",
     ),
-    ({"annotator_params": {"low_threshold": "x" * 5000}}, "annotator_params", "must be a number"),
-    ({"annotator_params": {"low_threshold": True}}, "annotator_params", "must be a number"),
-    ({"annotator_params": {"low_threshold": [1]}}, "annotator_params", "must be a number"),
+    ({"annotator_params": {"low_threshold": "x" * 5000}}, "annotator_params", "must be a whole number"),
+    ({"annotator_params": {"low_threshold": True}}, "annotator_params", "must be a whole number"),
+    ({"annotator_params": {"low_threshold": [1]}}, "annotator_params", "must be a whole number"),
+    ({"annotator_params": {"low_threshold": 1.5}}, "annotator_params", "must be a whole number"),
+    ({"annotator_params": {"low_threshold": "1.5"}}, "annotator_params", "must be a whole number"),
+    (
+        {"annotator_params": {"low_threshold": 200}},
+        "annotator_params",
+        "low_threshold must be below high_threshold, got 200 and 200",
+    ),
+    (
+        {"annotator_params": {"low_threshold": 30, "high_threshold": "20.0"}},
+        "annotator_params",
+        "low_threshold must be below high_threshold, got 30 and 20",
+    ),
     (
         {"annotator_params": {"low": 1}},
         "annotator_params",
@@ -307,12 +324,18 @@ class Body(WireModel):
     annotator_params: AnnotatorParams = ()
 
 
-def chosen(kinds: list[str], params: object) -> list[dict[str, Any]]:
+def chosen(kinds: list[str], params: object, *annotators: str) -> list[dict[str, Any]]:
     """Effective parameters, or ValidationFailed."""
     found, problems = parse(Body, {"annotator_params": params})  # type: ignore[dict-item]  # anything at all
-    maps = choose_annotators(kinds, (), found.annotator_params, auto_hint=True, problems=problems)
+    maps = choose_annotators(kinds, annotators, found.annotator_params, auto_hint=True, problems=problems)
     problems.raise_if_any()
     return [dict(one.params) for one in maps]
+
+
+def params_of(annotator: str, params: object) -> list[dict[str, Any]]:
+    """The same for one annotator by its name."""
+    kind = next(name for name, row in CONTROL_TYPES.items() if annotator in row.annotators)
+    return chosen([kind], params, annotator)
 
 
 KINDS = st.lists(st.sampled_from(list(CONTROL_TYPES)), min_size=1, max_size=4)
@@ -345,16 +368,25 @@ def check_effective(kinds: list[str], found: list[dict[str, Any]]) -> None:
 
 
 @settings(deadline=None)
-@given(data=st.data(), kind=st.sampled_from(list(CONTROL_TYPES)), spelled=st.booleans())
-def test_every_number_in_range_is_taken_and_none_outside(data: st.DataObject, kind: str, spelled: bool) -> None:
-    numbers = [one for one in ANNOTATORS[CONTROL_TYPES[kind].annotator].params if isinstance(one, Param)]
-    for param in numbers:
-        inside = data.draw(st.floats(param.minimum, param.maximum) | st.just(0.0 if param.or_zero else param.minimum))
-        (values,) = chosen([kind], {param.name: str(inside) if spelled else inside})
+@given(data=st.data(), name=st.sampled_from(sorted(ANNOTATORS)), spelled=st.booleans())
+def test_every_number_in_range_is_taken_and_none_outside(data: st.DataObject, name: str, spelled: bool) -> None:
+    for param in ANNOTATORS[name].params:
+        if not isinstance(param, Param):
+            continue
+        smaller = [one.name for one in ANNOTATORS[name].params if isinstance(one, Param) and one.below == param.name]
+        least, most = param.minimum + len(smaller), param.maximum - bool(param.below)
+        numbers = st.integers(int(least), int(most)) if param.whole else st.floats(least, most)
+        inside = float(data.draw(numbers | st.just(0 if param.or_zero else least)))
+        beside = dict.fromkeys(smaller, least - 1) | ({param.below: most + 1} if param.below else {})
+        (values,) = params_of(name, {param.name: str(inside) if spelled else inside, **beside})
         assert values[param.name] == pytest.approx(inside)
-        outside = data.draw(st.floats(param.maximum, exclude_min=True) | st.sampled_from([np.nan, param.minimum - 1]))
-        with pytest.raises(ValidationFailed, match=f"to {param.maximum:g}"):
-            chosen([kind], {param.name: str(outside) if spelled else outside})
+        assert isinstance(values[param.name], int) or not param.whole
+        outside = st.floats(param.maximum, exclude_min=True) | st.sampled_from([np.nan, param.minimum - 1])
+        if param.whole:
+            outside |= st.sampled_from([param.minimum + 0.5, param.maximum - 0.01])
+        wrong = data.draw(outside)
+        with pytest.raises(ValidationFailed, match=f"{'whole' * param.whole} number .*to {param.maximum:g}"):
+            params_of(name, {param.name: str(wrong) if spelled else wrong})
 
 
 def test_problems_do_not_stop_at_the_first() -> None:

@@ -40,7 +40,8 @@ class AnnotateRequest(WireModel):
     annotator: AnnotatorNames = ()
     """What makes the maps: one name per control type, or one for all; ``GET annotators`` lists them."""
     annotator_params: AnnotatorParams = ()
-    """The annotator's parameters: one object per control type, or one for all."""
+    """The annotator's parameters by name: one object for all, of which each annotator takes what it knows, or a list
+    with one per control type, null for the defaults. ``{"canny": {...}}`` in it holds for that type alone."""
     width: Size | None = None
     """Pixels, a multiple of 8. Default: the picture's own width within the limits, or as the height says."""
     height: Size | None = None

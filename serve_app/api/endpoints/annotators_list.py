@@ -15,12 +15,17 @@ class ParameterState(BaseModel):
     """A number with its bounds, or a yes or no."""
 
     name: str
-    type: Literal["number", "boolean"]
+    type: Literal["integer", "number", "boolean"]
+    """integer: fractions are refused."""
     default: bool | int | float
     min: int | float | None
     max: int | float | None
     step: int | float | None
     """How finely a slider should move; values between are accepted."""
+    also: list[int | float]
+    """What is accepted beside ``min`` to ``max``; what it means, ``help`` says."""
+    below: str | None
+    """Another parameter that this one must be smaller than."""
     help: str
 
 
@@ -90,14 +95,24 @@ def _annotator_state(name: str, state: Readiness) -> AnnotatorState:
 def _parameter(param: Param | Switch) -> ParameterState:
     if isinstance(param, Switch):
         return ParameterState(
-            name=param.name, type="boolean", default=param.default, min=None, max=None, step=None, help=param.help
+            name=param.name,
+            type="boolean",
+            default=param.default,
+            min=None,
+            max=None,
+            step=None,
+            also=[],
+            below=None,
+            help=param.help,
         )
     return ParameterState(
         name=param.name,
-        type="number",
+        type="integer" if param.whole else "number",
         default=param.default,
         min=param.minimum,
         max=param.maximum,
         step=param.step,
+        also=[0] if param.or_zero else [],
+        below=param.below or None,
         help=param.help,
     )

@@ -98,7 +98,8 @@ class ControlNetRequest(GenerationRequest):
     annotator: AnnotatorNames = ()
     """What makes the control maps: one name per ControlNet, or one for all; ``GET annotators`` lists them."""
     annotator_params: AnnotatorParams = ()
-    """The annotator's parameters: one object per ControlNet, or one for all."""
+    """The annotator's parameters by name: one object for all, of which each annotator takes what it knows, or a list
+    with one per ControlNet, null for the defaults. ``{"canny": {...}}`` in it holds for that type alone."""
     return_control_maps: Flag = False
     """yes: the answer has the control maps too, as ``control_maps``."""
 

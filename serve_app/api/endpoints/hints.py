@@ -30,7 +30,7 @@ def _choices(value: JsonValue) -> tuple[str, ...]:
 
 
 def _params(value: JsonValue) -> tuple[_Given, ...]:
-    """An object or a list of objects; as JSON text from forms."""
+    """An object or a list of objects, null for an empty one; as JSON text from forms."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -45,12 +45,13 @@ def _params(value: JsonValue) -> tuple[_Given, ...]:
 
 
 _OBJECT: Final = {"type": "object", "additionalProperties": True}
+_OBJECT_OR_NULL: Final = {"anyOf": [_OBJECT, {"type": "null"}]}
 
 AnnotatorNames = Annotated[tuple[str, ...], BeforeValidator(_choices)]
 AnnotatorParams = Annotated[
     tuple[Mapping[str, object], ...],
     BeforeValidator(_params),
-    WithJsonSchema({"anyOf": [_OBJECT, {"type": "array", "items": _OBJECT}]}),
+    WithJsonSchema({"anyOf": [_OBJECT, {"type": "array", "items": _OBJECT_OR_NULL}]}),
 ]
 
 
@@ -135,11 +136,15 @@ def _params_of(maker: str | None) -> dict[str, Param | Switch]:
 def _effective(maker: str | None, given: Mapping[str, object], problems: Problems) -> dict[str, JsonScalar]:
     """Every parameter of the annotator, as given or by default."""
     values: dict[str, JsonScalar] = {}
+    if maker is None:
+        return values
     for name, param in _params_of(maker).items():
         try:
             values[name] = _read(param, given[name]) if name in given and not _absent(given[name]) else param.default
         except ValueError as error:
             problems.add("annotator_params", f"The annotator parameter {name} of {maker} {error}.")
+    for problem in ANNOTATORS[maker].contradictions(values):
+        problems.add("annotator_params", f"{problem}.")
     return values
 
 
@@ -154,9 +159,8 @@ def _read(param: Param | Switch, value: object) -> JsonScalar:
         return read_flag(scalar)
     number = read_real(scalar)
     if number is None or not param.accepts(number):
-        raise ValueError(f"must be a number {param.bounds} (step {param.step:g}), got {show(value)}")
-    # As the default is written: so that 50, 50.0 and "50" are one value, for the cache too.
-    return int(number) if isinstance(param.default, int) and number.is_integer() else number
+        raise ValueError(f"must be {param.expects} (step {param.step:g}), got {show(value)}")
+    return param.effective(number)
 
 
 async def check_ready(maps: Sequence[MapInput], services: Services, problems: Problems) -> None:
