@@ -1,7 +1,8 @@
-"""Skeletons, faces and classes are drawn as the libraries draw that the ControlNets' training data was made with."""
+"""People are drawn as the library draws that the ControlNets' training data was made with: OpenPose's and DWPose's."""
 
+import importlib
 import sys
-from itertools import pairwise
+from collections.abc import Iterator, Mapping
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -10,12 +11,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from serve_app.annotators import pose, segmentation
-from serve_app.annotators.face import draw_contours
-from serve_app.annotators.isolation import part
+from serve_app.annotators import pose
 from serve_app.annotators.skeleton import Points, blank, draw_body, draw_face, draw_hand
-from serve_app.annotators.source import Source
-from support.detectors import Detectors
+from serve_app.annotators.source import Annotator, Source
+from serve_app.tasks import ControlMap, ImageArray
+from support.detectors import Detectors, Planted, reference_library
 
 SIZES = [(96, 128), (333, 200)]
 
@@ -25,12 +25,18 @@ def points(count: int, seed: int, missing: tuple[int, ...] = ()) -> Points:
     return [None if index in missing else tuple(random.uniform(0.05, 0.95, 2).tolist()) for index in range(count)]
 
 
-@pytest.fixture
-def library(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The drawing functions of controlnet-aux; they want one function of matplotlib, which is not installed."""
+@pytest.fixture(scope="module")
+def library() -> Iterator[ModuleType]:
+    """controlnet_aux; its drawing wants one function of matplotlib, which is slow to import."""
     colors: Any = SimpleNamespace(hsv_to_rgb=hsv_to_rgb)
-    monkeypatch.setitem(sys.modules, "matplotlib", SimpleNamespace(colors=colors))
-    return part("open_pose.util")
+    with reference_library() as package, pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", SimpleNamespace(colors=colors))
+        yield package
+
+
+@pytest.fixture(scope="module")
+def openpose(library: ModuleType) -> ModuleType:
+    return importlib.import_module(f"{library.__name__}.open_pose")
 
 
 def hsv_to_rgb(hsv: list[float]) -> NDArray[np.float64]:
@@ -45,31 +51,57 @@ def hsv_to_rgb(hsv: list[float]) -> NDArray[np.float64]:
 @pytest.mark.parametrize(("height", "width"), SIZES)
 @pytest.mark.parametrize("seed", range(4))
 class TestSkeleton:
-    def test_bodies(self, library: ModuleType, height: int, width: int, seed: int) -> None:
+    def test_bodies(self, openpose: ModuleType, height: int, width: int, seed: int) -> None:
         body = points(18, seed, missing=(3, 16) if seed % 2 else ())
         ours = blank(height, width)
         draw_body(ours, body)
-        assert np.array_equal(ours, library.draw_bodypose(blank(height, width), keypoints(body)))
+        assert np.array_equal(ours, openpose.util.draw_bodypose(blank(height, width), keypoints(openpose, body)))
         assert ours.any()
 
-    def test_hands(self, library: ModuleType, height: int, width: int, seed: int) -> None:
+    def test_hands(self, openpose: ModuleType, height: int, width: int, seed: int) -> None:
         hand = [*points(20, seed), (-1 / width, -1 / height)]
         ours = blank(height, width)
         draw_hand(ours, hand)
-        assert np.array_equal(ours, library.draw_handpose(blank(height, width), keypoints(hand)))
+        assert np.array_equal(ours, openpose.util.draw_handpose(blank(height, width), keypoints(openpose, hand)))
         assert ours.any()
 
-    def test_faces(self, library: ModuleType, height: int, width: int, seed: int) -> None:
+    def test_faces(self, openpose: ModuleType, height: int, width: int, seed: int) -> None:
         face = points(70, seed)
         ours = blank(height, width)
         draw_face(ours, face)
-        assert np.array_equal(ours, library.draw_facepose(blank(height, width), keypoints(face)))
+        assert np.array_equal(ours, openpose.util.draw_facepose(blank(height, width), keypoints(openpose, face)))
         assert ours.any()
 
 
-def keypoints(found: Points) -> list[Any]:
-    kind = part("open_pose.body").Keypoint
-    return [None if point is None else kind(*point) for point in found]
+def keypoints(openpose: ModuleType, found: Points) -> list[Any]:
+    return [None if point is None else openpose.Keypoint(*point) for point in found]
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+@pytest.mark.parametrize("missing", [(), (0, 4, 11)])
+def test_dwpose_draws_the_same(library: ModuleType, height: int, width: int, missing: tuple[int, ...]) -> None:
+    """Its form: two people beside each other, what was not found is -1, and limbs are dimmed with the whole picture."""
+    dwpose = importlib.import_module(f"{library.__name__}.dwpose")
+    bodies = [within(points(18, seed, missing), seed * 0.5, seed * 0.5 + 0.45) for seed in (0, 1)]
+    hands = [within(points(21, seed), 0.0, 0.9) for seed in range(4, 8)]
+    faces = [within(points(68, seed), 0.1, 1.0) for seed in (8, 9)]
+    hands[0][3] = faces[1][7] = (-1.0, -1.0)
+    flat = [(-1.0, -1.0) if point is None else point for body in bodies for point in body]
+    subset = [[18 * person + index if index not in missing else -1 for index in range(18)] for person in (0, 1)]
+    drawing = {"bodies": {"candidate": flat, "subset": subset}, "hands": np.array(hands), "faces": np.array(faces)}
+    ours = blank(height, width)
+    for body in bodies:
+        draw_body(ours, body)
+    for hand in hands:
+        draw_hand(ours, hand)
+    for face in faces:
+        draw_face(ours, face)
+    assert np.array_equal(ours, dwpose.draw_pose(drawing, height, width))
+
+
+def within(found: Points, left: float, right: float) -> list[Any]:
+    """The same points in a part of the picture's width."""
+    return [None if point is None else (left + point[0] * (right - left), point[1]) for point in found]
 
 
 def test_a_hand_with_gaps_is_drawn_without_them() -> None:
@@ -141,77 +173,70 @@ def test_nobody_is_an_empty_map() -> None:
     assert not pose.body(source).any()
 
 
+def hand_answer(pixels: torch.Tensor) -> torch.Tensor:
+    """21 joints at places of their own, but for one that is not seen."""
+    return blobs(22, pixels.shape[2] // 8, pixels.shape[3] // 8, hidden=5)
+
+
+def face_answer(pixels: torch.Tensor) -> list[torch.Tensor]:
+    return [blobs(71, pixels.shape[2] // 8, pixels.shape[3] // 8, hidden=9)]
+
+
+def blobs(count: int, height: int, width: int, hidden: int) -> torch.Tensor:
+    rows, columns = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
+    places = np.random.default_rng(count).uniform(0.1, 0.9, (count, 2)).tolist()
+    heat = torch.stack([torch.exp(-((columns - x) ** 2 + (rows - y) ** 2) / 0.01) for x, y in places])
+    heat[hidden] = 0
+    return heat[None]
+
+
+@pytest.mark.parametrize("size", [1.0, 0.3])
+@pytest.mark.parametrize(
+    ("ours", "hands", "faces"),
+    [(pose.body, False, False), (pose.hand, True, False), (pose.face, False, True), (pose.full, True, True)],
+)
+def test_openpose_finds_and_draws_the_same(
+    openpose: ModuleType, ours: Annotator, hands: bool, faces: bool, size: float
+) -> None:
+    """OpenposeDetector with the same networks; a small person's hands and face are looked for by neither."""
+    person = [None if point is None else (point[0] * size, point[1] * size) for point in PERSON]
+    networks: dict[str, Any] = {
+        "openpose_body": PlantedBody(person),
+        "openpose_hand": Planted(hand_answer),
+        "openpose_face": Planted(face_answer),
+    }
+    image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    expected = drawn_by(openpose, networks, image, hands, faces)
+    shown = [networks[name].seen for name in ("openpose_hand", "openpose_face")]
+    for name in ("openpose_hand", "openpose_face"):
+        networks[name].seen = None
+    assert np.array_equal(ours(Source(image, None, 0, {"resolution": 0}, networks)), expected)
+    for name, theirs, wanted in zip(("openpose_hand", "openpose_face"), shown, (hands, faces), strict=True):
+        seen = networks[name].seen
+        assert (seen is not None) == (theirs is not None) == (wanted and size == 1)
+        assert seen is None or torch.equal(seen, theirs)
+    assert (expected == 255).all(axis=2).any() == (faces and size == 1)  # a face's points are white
+
+
 @pytest.mark.full
-def test_hands_and_face_of_a_person_are_drawn(detectors: Detectors) -> None:
-    """Through the real networks with random weights: whatever they find lies where the person is."""
+def test_real_networks_find_and_draw_the_same(openpose: ModuleType, detectors: Detectors) -> None:
+    """Hands and a face as the networks of full size with random weights see them."""
     for name in ("openpose_hand", "openpose_face"):
         detectors.need(name)
     image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
     with detectors.host.lease(("openpose_hand", "openpose_face")) as loaded:
         networks = {**loaded, "openpose_body": PlantedBody(PERSON)}
-        maps = [draw(Source(image, None, 0, {"resolution": 0}, networks)) for draw in (pose.body, pose.full)]
-    assert np.array_equal(maps[0], pose.body(Source(image, None, 0, {"resolution": 0}, networks)))
-    assert maps[1].shape == (256, 256, 3)
+        ours = pose.full(Source(image, None, 0, {"resolution": 0}, networks))
+        assert np.array_equal(ours, drawn_by(openpose, networks, image, hands=True, faces=True))
 
 
-class TestFace:
-    # MediaPipe's sides are the person's, the table's are the viewer's.
-    COLOURS = (
-        ((33, 7), (180, 200, 10)),
-        ((263, 249), (10, 200, 180)),
-        ((46, 53), (180, 220, 10)),
-        ((276, 283), (10, 220, 180)),
-        ((61, 146), (10, 180, 10)),
-        ((10, 338), (10, 200, 10)),
-    )
-
-    @pytest.mark.parametrize(("connection", "colour"), COLOURS)
-    def test_a_contour_has_its_colour(self, connection: tuple[int, int], colour: tuple[int, int, int]) -> None:
-        landmarks = [(-1.0, -1.0)] * 478
-        landmarks[connection[0]], landmarks[connection[1]] = (0.2, 0.5), (0.8, 0.5)
-        canvas = blank(100, 100)
-        draw_contours(canvas, landmarks)
-        assert {tuple(pixel) for pixel in canvas[canvas.any(axis=2)].tolist()} == {colour}
-        assert canvas[50, 20:80].any(axis=1).all()
-
-    def test_irises_are_squares(self) -> None:
-        landmarks = [(-1.0, -1.0)] * 478
-        landmarks[468], landmarks[473] = (0.25, 0.5), (0.75, 0.5)
-        canvas = blank(100, 100)
-        draw_contours(canvas, landmarks)
-        assert (canvas[48:52, 23:27] == (250, 200, 10)).all()
-        assert (canvas[48:52, 73:77] == (10, 200, 250)).all()
-        assert canvas.any(axis=2).sum() == 32
-
-    def test_the_table_has_all_contours_of_mediapipe(self) -> None:
-        """Drawn on a ring, every connection is a chord of its own: their number and joints are MediaPipe's."""
-        from serve_app.annotators.face import _CONTOURS
-
-        chains = [connection for _, connections in _CONTOURS for connection in connections]
-        assert len(chains) == len(set(chains)) == 36 + 16 + 8 + 16 + 8 + 40
-        oval = _CONTOURS[0][1]
-        assert all(first[1] == second[0] for first, second in pairwise(oval))
-        assert oval[-1][1] == oval[0][0]
-
-
-def test_classes_have_the_colours_of_ade20k() -> None:
-    classes = np.arange(150).reshape(10, 15).repeat(8, axis=0).repeat(8, axis=1)
-
-    class Planted(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.zeros(1))
-
-        def forward(self, pixels: torch.Tensor) -> SimpleNamespace:
-            labels = torch.zeros(pixels.shape[2:], dtype=torch.long)
-            labels[:80, :120] = torch.from_numpy(classes)
-            return SimpleNamespace(logits=torch.nn.functional.one_hot(labels, 150).permute(2, 0, 1)[None].float())
-
-    image = np.zeros((80, 120, 3), np.uint8)
-    painted = segmentation.upernet(Source(image, None, 0, {"resolution": 0}, {"upernet": Planted()}))
-    palette = np.array(part("util").ade_palette(), np.uint8)
-    assert np.array_equal(painted, palette[classes])
-    assert len({tuple(colour) for colour in palette.tolist()}) >= 149
-    # The first and the last of the data set's own list: wall and flag.
-    assert palette[0].tolist() == [120, 120, 120]
-    assert palette[149].tolist() == [92, 0, 255]
+def drawn_by(
+    openpose: ModuleType, networks: Mapping[str, Any], image: ImageArray, hands: bool, faces: bool
+) -> ControlMap:
+    kinds = {"openpose_body": openpose.Body, "openpose_hand": openpose.Hand, "openpose_face": openpose.Face}
+    finders = {name: object.__new__(kind) for name, kind in kinds.items()}
+    for name, finder in finders.items():
+        finder.model = networks[name]
+    detector = openpose.OpenposeDetector(*finders.values())
+    drawn: ControlMap = detector(image, 256, 256, include_hand=hands, include_face=faces, output_type="np")
+    return drawn

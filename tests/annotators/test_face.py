@@ -28,7 +28,7 @@ def test_its_errors_become_ours(
     def fail(*_: Any) -> Any:
         raise kind("Unable to open /srv/secret/libmediapipe.so")
 
-    module: Any = fake_mediapipe(fail if moment == "detect" else None)
+    module: Any = fake_mediapipe(*[fail] if moment == "detect" else [])
     if moment == "create":
         monkeypatch.setattr(module.tasks.vision.FaceLandmarker, "create_from_options", fail)
     monkeypatch.setitem(sys.modules, "mediapipe", module)

@@ -7,7 +7,10 @@ small here. Numbers are drawn in the scale of a usual initialisation, quickly: f
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -15,6 +18,7 @@ from types import MappingProxyType, ModuleType, SimpleNamespace
 from typing import Any, Self
 
 import numpy as np
+import pytest
 import torch
 import transformers
 from torch import Tensor, nn
@@ -251,16 +255,79 @@ TRANSFORMERS: Mapping[str, Build] = {
 }
 
 
-def face_of(image: Any) -> list[tuple[float, float]]:
-    """478 points on a spiral whose place follows from the picture."""
+class Looked(Exception):
+    """A network has seen what it is shown."""
+
+
+class Looking(nn.Module):
+    """A network of any detector that keeps what it is shown and answers nothing."""
+
+    def __init__(self, patch_size: int = 16, image_size: int = 384) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.config = SimpleNamespace(patch_size=patch_size, backbone_config=SimpleNamespace(image_size=image_size))
+        self.dpt = self.depth_model = self.infer = self.forward
+        self.seen: Tensor | None = None
+
+    def forward(self, pixels: Tensor, **_: object) -> Any:
+        self.seen = pixels.detach().clone()
+        raise Looked
+
+    def shown(self, detect: Callable[[], object]) -> Tensor:
+        """What ``detect`` shows this network first."""
+        with suppress(Looked):
+            detect()
+        assert self.seen is not None
+        return self.seen
+
+
+class Planted(Looking):
+    """A network that answers what ``answer`` makes of its input."""
+
+    def __init__(self, answer: Callable[[Tensor], Any], patch_size: int = 16, image_size: int = 384) -> None:
+        super().__init__(patch_size, image_size)
+        self.answer = answer
+
+    def forward(self, pixels: Tensor, **_: object) -> Any:
+        self.seen = pixels.detach().clone()
+        return self.answer(pixels)
+
+
+@contextmanager
+def reference_library(mediapipe: ModuleType | None = None) -> Iterator[ModuleType]:
+    """controlnet_aux itself, whose detectors ours are compared with. ``mediapipe``: what it takes for that package."""
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        patch.setitem(sys.modules, "mediapipe", mediapipe)
+        patch.setenv("KMP_DUPLICATE_LIB_OK", "TRUE")  # its __init__ sets it: taken back afterwards
+        warnings.simplefilter("ignore")
+        import controlnet_aux
+
+        yield controlnet_aux
+
+
+Landmarks = list[tuple[float, float]]
+"""478 points of one face, (x, y) in 0..1."""
+CONFIDENCES = (0.3, 0.95, 0.7, 0.9)
+"""How sure the stand-in for mediapipe is of each face."""
+
+
+def faces_of(image: Any) -> list[Landmarks]:
+    """Three faces, spirals one in another; their place follows from the picture."""
     middle = 0.4 + 0.2 * float(np.asarray(image, dtype=np.float64)[:, :, 0].mean()) / 255
     angles = np.linspace(0, 40, 478)
-    return [(middle + 0.3 * t / 40 * math.cos(t), 0.5 + 0.4 * t / 40 * math.sin(t)) for t in angles]
+    return [
+        [(middle + size * 0.3 * t / 40 * math.cos(t), 0.5 + size * 0.4 * t / 40 * math.sin(t)) for t in angles]
+        for size in (1.2, 1.0, 1.1)
+    ]
 
 
-def fake_mediapipe(found: Callable[[Any], list[list[tuple[float, float]]]] | None = None) -> ModuleType:
+def confident(faces: list[Landmarks], least: float, most: int) -> list[Landmarks]:
+    """The first ``most`` of the faces that are surer than ``least``."""
+    return [face for face, sure in zip(faces, CONFIDENCES, strict=False) if sure >= least][:most]
+
+
+def fake_mediapipe(found: Callable[[Any], list[Landmarks]] = faces_of) -> ModuleType:
     """A module with the part of mediapipe >= 1.0 that we use. ``found``: pixels to the landmarks of each face."""
-    find = found or (lambda image: [face_of(image)])
 
     class FaceLandmarker:
         def __init__(self, options: SimpleNamespace) -> None:
@@ -277,7 +344,8 @@ def fake_mediapipe(found: Callable[[Any], list[list[tuple[float, float]]]] | Non
         def __exit__(self, *_: object) -> None: ...
 
         def detect(self, picture: SimpleNamespace) -> SimpleNamespace:
-            faces = find(picture.data)[: self._options.num_faces]
+            options = self._options
+            faces = confident(found(picture.data), options.min_face_detection_confidence, options.num_faces)
             return SimpleNamespace(face_landmarks=[[SimpleNamespace(x=x, y=y) for x, y in face] for face in faces])
 
     module: Any = ModuleType("mediapipe")
