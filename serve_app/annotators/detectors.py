@@ -15,12 +15,35 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 from serve_app.annotators.weights import NETWORKS, WeightStore
-from serve_app.errors import ConfigError, ModelError, ModelLoadFailed, OutOfMemory, UnsafeModel, WorkerLost
+from serve_app.errors import (
+    ConfigError,
+    ModelError,
+    ModelLoadFailed,
+    OutOfMemory,
+    RetryableError,
+    UnsafeModel,
+    WorkerLost,
+)
 
 logger = logging.getLogger(__name__)
+
+
+class FileState(NamedTuple):
+    """A file's content as far as its directory entry tells: every write and every replacement changes it."""
+
+    path: str
+    size_bytes: int
+    changed_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        """Raises OSError: there is no such file."""
+        stat = path.stat()
+        return cls(str(path), stat.st_size, stat.st_ctime_ns, stat.st_ino)
 
 
 @dataclass(eq=False, slots=True)
@@ -34,6 +57,8 @@ class _Slot:
     last_used: int = 0
     size_bytes: int = 0
     """0 until loaded."""
+    files: tuple[FileState, ...] = ()
+    """What it was loaded from."""
 
 
 class DetectorHost:
@@ -64,6 +89,7 @@ class DetectorHost:
             OutOfMemory: no room on the device, at loading or while the context runs.
             WorkerLost: the device broke.
             ConfigError: there is no such device here.
+            RetryableError: the files were replaced while they were read.
         """
         if not names:
             yield {}
@@ -78,6 +104,21 @@ class DetectorHost:
                 networks = {name: self._value(name, slot) for name, slot in slots.items()}
                 with torch.inference_mode():
                     yield networks
+
+    def files(self, names: Sequence[str]) -> tuple[FileState, ...]:
+        """The files that these networks are made of: as they were loaded, or as they lie there if not in memory.
+
+        Raises:
+            AnnotatorUnavailable: weights or a package are missing.
+        """
+        with self._lock:
+            loaded = {name: slot.files for name, slot in self._slots.items() if slot.size_bytes}
+        return tuple(state for name in names for state in loaded.get(name) or self._files(name))
+
+    @property
+    def device_type(self) -> str:
+        """``cpu``, ``cuda`` ... Raises ConfigError: there is no such device here."""
+        return str(self._pick_device().type)
 
     def loaded(self) -> tuple[str, ...]:
         """Names of what is in memory, least recently used first."""
@@ -114,25 +155,42 @@ class DetectorHost:
         """A slot that fails is forgotten before its waiters hear of it, so they may try again."""
         started = time.monotonic()
         try:
-            value = self._read(name)
+            files, value = self._read_unchanged(name)
         except BaseException as error:
             with self._lock:
                 del self._slots[name]  # nobody else has put one there: this one was claimed
             slot.future.set_exception(error)
             raise
         with self._lock:
+            slot.files = files
             slot.size_bytes = max(1, _size_bytes(value))
             self.loads += 1
             self._make_room()
         logger.info("loaded the network %s, %d bytes, in %.2f s", name, slot.size_bytes, time.monotonic() - started)
         slot.future.set_result(value)
 
+    def _read_unchanged(self, name: str) -> tuple[tuple[FileState, ...], Any]:
+        """A network, and the files that it is of for certain."""
+        before = self._files(name)
+        value = self._read(name)
+        if self._files(name) != before:
+            raise RetryableError(f"The weights {NETWORKS[name].weights} were replaced while they were loaded.")
+        return before, value
+
+    def _files(self, name: str) -> tuple[FileState, ...]:
+        path = self.store.require(name)
+        beside = (path.parent / other for other in self.store.row(NETWORKS[name].weights).beside)
+        try:
+            return tuple(map(FileState.of, (path, *beside)))
+        except OSError as error:
+            raise RetryableError(f"The weights {NETWORKS[name].weights} are being replaced.") from error
+
     def _read(self, name: str) -> Any:
         row = NETWORKS[name]
         path = self.store.require(name)
         weights = self.store.row(row.weights)
         try:
-            if weights.sha256 is not None and not weights.is_pickle:
+            if weights.sha256 is not None and path.suffix != ".safetensors":  # those hold numbers only: weights verify
                 check_hash(path, weights.sha256)
             with self._lock:
                 self._make_room(path.stat().st_size)

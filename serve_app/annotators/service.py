@@ -8,16 +8,11 @@ more at once would only wait for each other and take the memory of all.
 import asyncio
 import base64
 import errno
-import hashlib
-import json
 import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
-from importlib.resources import files
-from pathlib import Path
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -25,8 +20,9 @@ import numpy as np
 from serve_app.annotators import ANNOTATORS, Missing, annotate, chosen_annotator, readiness
 from serve_app.annotators.cache import Caching, MadeMap, MapCache, map_key
 from serve_app.annotators.detectors import DetectorHost
+from serve_app.annotators.identity import Identities, Identity
 from serve_app.annotators.map_index import MapIndex
-from serve_app.annotators.weights import NETWORKS, WeightStore
+from serve_app.annotators.weights import WeightStore
 from serve_app.backend import AnnotatorStats
 from serve_app.config import AnnotatorConfig, AppConfig
 from serve_app.database import Database
@@ -45,13 +41,11 @@ SENT: Final = "none"
 _UNCACHED: Final = frozenset({"tile", "inpaint", "invert"})
 """At most 1 ms, or, for inpaint, a map that no picture file can hold."""
 
-_DECIDING_PACKAGES: Final = (
-    "controlnet-aux", "mediapipe", "numpy", "opencv-python-headless", "pillow", "timm", "torch", "transformers",
-)  # fmt: skip
-_FileState = tuple[str, int, int, int]
-"""Path, size in bytes, time of the last change, inode."""
-
 _DISK_FULL: Final = {errno.ENOSPC, errno.EDQUOT}
+
+
+class _OtherWeightsError(Exception):
+    """The weights were replaced after the key was made of them: the map would be another's."""
 
 
 def open_annotators(config: AppConfig, database: Database, objects: ObjectStore, meter: Meter) -> "AnnotatorService":
@@ -78,7 +72,7 @@ class AnnotatorService:
         self._networks = ThreadPoolExecutor(1, thread_name_prefix="detector")
         self._turn = asyncio.Lock()
         """Calls wait here and not in the pool, whose queue would keep the pictures of those that were cancelled."""
-        self._identities: dict[str, tuple[list[_FileState], str]] = {}
+        self._identities = Identities(self._host)
         self.calls = 0
         """Maps handed out."""
         self.runs = 0
@@ -120,10 +114,13 @@ class AnnotatorService:
         name = chosen_annotator(task.control_type, task.annotator, task.auto_hint)
         networks = ANNOTATORS[name].networks if name is not None else ()
 
-        async def make(begin: Callable[[], None]) -> MadeMap:
+        async def make(begin: Callable[[], None], identity: Identity | None = None) -> MadeMap:
             def work() -> MadeMap:
                 begin()
-                return self._make(task, image, mask)
+                with self._host.lease(networks):  # from here on they stay
+                    if identity is not None and self._host.files(networks) != identity.files:
+                        raise _OtherWeightsError
+                    return self._make(task, image, mask)
 
             loop = asyncio.get_running_loop()
             if not networks:
@@ -134,11 +131,15 @@ class AnnotatorService:
         if name is None or name in _UNCACHED:
             return await self._cache.get("", Caching.NONE, make)
         params = ANNOTATORS[name].read(task.params)
-        identity = await asyncio.to_thread(self._identity, name)
+        identity = await asyncio.to_thread(self._identities.of, name)
         if identity is None:
             return await self._cache.get("", Caching.NONE, make)
-        key = await asyncio.to_thread(map_key, task, name, params, identity, image, mask)
-        return await self._cache.get(key, Caching.SHARED if networks else Caching.MEMORY, make)
+        key = await asyncio.to_thread(map_key, task, name, params, identity.digest, image, mask)
+        caching = Caching.SHARED if networks else Caching.MEMORY
+        try:
+            return await self._cache.get(key, caching, partial(make, identity=identity))
+        except _OtherWeightsError:
+            return await self._cache.get("", Caching.NONE, make)
 
     def _make(self, task: AnnotationTask, image: ImageArray, mask: ImageArray | None) -> MadeMap:
         started = time.monotonic()
@@ -148,28 +149,6 @@ class AnnotatorService:
             self._meter.count("annotator_runs", annotator=info.annotator)
             self._meter.observe("annotator_seconds", time.monotonic() - started, annotator=info.annotator)
         return MadeMap(pixels, info)
-
-    def _identity(self, name: str) -> str | None:
-        """A hash of the annotator's code and weights: what its maps follow from beside the request.
-
-        None when the files of the weights are not those that were hashed first: what is loaded may be either, until
-        the replica is started again.
-
-        Raises:
-            AnnotatorUnavailable: weights are missing.
-        """
-        paths = [path for network in ANNOTATORS[name].networks for path in self._files(network)]
-        state = [(str(path), (stat := path.stat()).st_size, stat.st_mtime_ns, stat.st_ino) for path in paths]
-        if name not in self._identities:
-            parts = [_code_digest(), *map(_file_digest, paths)]
-            self._identities[name] = (state, hashlib.sha256(json.dumps(parts).encode()).hexdigest())
-        first, digest = self._identities[name]
-        return digest if first == state else None
-
-    def _files(self, network: str) -> list[Path]:
-        path = self._host.store.require(network)
-        row = self._host.store.row(NETWORKS[network].weights)
-        return [path, *(path.parent / other for other in row.beside)]
 
     def _store(self, output: MapOutput, made: MadeMap) -> None:
         """Raises JobError: the disk is full; RetryableError: the store cannot be used."""
@@ -190,25 +169,3 @@ def _shown(control_map: ControlMap) -> Pixels:
     if control_map.dtype == np.uint8:
         return control_map
     return np.rint(control_map.clip(0, 1) * 255).astype(np.uint8)
-
-
-@cache
-def _code_digest() -> str:
-    """A hash of the source files that decide a map and of the versions of the packages that they compute with."""
-    code = hashlib.sha256()
-    own = (file for file in files("serve_app.annotators").iterdir() if file.name.endswith(".py"))
-    for file in (files("serve_app") / "images.py", *sorted(own, key=lambda one: one.name)):
-        code.update(file.read_bytes())
-    versions = []
-    for package in _DECIDING_PACKAGES:
-        try:
-            versions.append(f"{package}=={version(package)}")
-        except PackageNotFoundError:
-            versions.append(f"{package} absent")
-    code.update(json.dumps(versions).encode())
-    return code.hexdigest()
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,5 +1,6 @@
 """The host of detector networks: loaded once, within its budget, failures told and forgotten."""
 
+import os
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -8,8 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from serve_app.annotators import networks
 from serve_app.annotators.detectors import DetectorHost
-from serve_app.errors import AnnotatorUnavailable, ConfigError, ModelLoadFailed, OutOfMemory, UnsafeModel
+from serve_app.errors import (
+    AnnotatorUnavailable,
+    ConfigError,
+    ModelLoadFailed,
+    OutOfMemory,
+    RetryableError,
+    UnsafeModel,
+)
 from support.detectors import fake_mediapipe, make_store
 
 NAMES = ("pidinet", "mlsd", "lineart")
@@ -35,17 +44,17 @@ def test_those_who_ask_at_once_get_one_network(filled: DetectorHost) -> None:
 
     def use(_: int) -> int:
         together.wait()
-        with fresh.lease(("pidinet",)) as networks:
+        with fresh.lease(("pidinet",)) as leased:
             assert torch.is_inference_mode_enabled()
-            return id(networks["pidinet"])
+            return id(leased["pidinet"])
 
     with ThreadPoolExecutor(8) as pool:
         assert len(set(pool.map(use, range(8)))) == 1
     assert fresh.loads == 1
     assert fresh.loaded() == ("pidinet",)
-    with fresh.lease(("pidinet",)) as networks:
+    with fresh.lease(("pidinet",)) as leased:
         assert fresh.loaded_bytes == sum(
-            tensor.nbytes for tensor in (*networks["pidinet"].parameters(), *networks["pidinet"].buffers())
+            tensor.nbytes for tensor in (*leased["pidinet"].parameters(), *leased["pidinet"].buffers())
         )
 
 
@@ -108,6 +117,40 @@ def test_where_weights_lie_is_for_the_log_alone(tmp_path: Path, caplog: pytest.L
         pass
     assert str(tmp_path) not in caught.value.message
     assert str(path) in caplog.text
+
+
+def test_files_are_those_that_were_loaded(tmp_path: Path) -> None:
+    store = make_store(tmp_path, "pidinet")
+    path = store.require("pidinet")
+    fresh = DetectorHost(store, "cpu")
+    (lying,) = fresh.files(("pidinet",))
+    with fresh.lease(("pidinet",)):
+        assert fresh.files(("pidinet",)) == (lying,)
+        data, stat = path.read_bytes(), path.stat()
+        path.write_bytes(data)
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as copies that keep times
+        assert fresh.files(("pidinet",)) == (lying,)
+        assert DetectorHost(store, "cpu").files(("pidinet",)) != (lying,)
+        path.unlink()
+        assert fresh.files(("pidinet",)) == (lying,)
+
+
+def test_files_replaced_while_they_are_read_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = make_store(tmp_path, "pidinet")
+    load = networks.pidinet
+
+    def slow(path: Path) -> object:
+        network = load(path)
+        path.write_bytes(path.read_bytes())
+        return network
+
+    fresh = DetectorHost(store, "cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr(networks, "pidinet", slow)
+        with pytest.raises(RetryableError, match="pidinet were replaced"), fresh.lease(("pidinet",)):
+            pass
+    with fresh.lease(("pidinet",)):
+        assert fresh.loaded() == ("pidinet",)
 
 
 def test_a_full_device_is_told_in_our_words(filled: DetectorHost) -> None:

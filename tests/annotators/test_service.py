@@ -16,6 +16,7 @@ import pytest
 import skimage.data
 from PIL import Image
 
+from serve_app.annotators.identity import Identity
 from serve_app.annotators.service import AnnotatorService
 from serve_app.annotators.weights import WeightStore
 from serve_app.config import AnnotatorConfig
@@ -24,7 +25,7 @@ from serve_app.errors import AnnotatorUnavailable, JobError, RetryableError
 from serve_app.images import resize_image
 from serve_app.metrics import PrometheusMeter
 from serve_app.storage.local import LocalStore
-from serve_app.tasks import AnnotationTask, ImageArray, MapOutput
+from serve_app.tasks import AnnotationTask, ControlMap, ImageArray, MapOutput
 from support.detectors import make_store
 
 PHOTO: ImageArray = resize_image(skimage.data.astronaut(), 96, 64)
@@ -94,24 +95,61 @@ async def test_replicas_share_what_takes_a_network(start: Start) -> None:
         assert first.runs(control_type) == 1
 
 
-async def test_other_weights_make_other_maps(start: Start, tmp_path: Path) -> None:
-    store = make_store(tmp_path / "weights", "depth_anything_v2")
-    replica = start(store)
-    before, _ = await replica.service.annotate(task(), PHOTO, None, None)
+def swap(store: WeightStore) -> None:
+    """Replace the weights of depth by others of the same size, as a fetch does; a second time: put them back."""
     path = store.require("depth_anything_v2")
+    kept = path.with_suffix(".kept")
+    other = path.with_suffix(".new")
+    if kept.exists():
+        kept.replace(path)
+        return
     data = bytearray(path.read_bytes())
     half = len(data) // 2
     data[half:] = data[half:].translate(bytes([*range(256)]).replace(b"\x3c", b"\x3d"))
-    other = path.with_suffix(".new")
     other.write_bytes(data)
+    path.rename(kept)
     other.replace(path)
+
+
+async def depth(replica: Replica, resolution: int = 0) -> ControlMap:
+    return (await replica.service.annotate(task(resolution=resolution), PHOTO, None, None))[0]
+
+
+async def test_other_weights_make_other_maps(start: Start, tmp_path: Path) -> None:
+    store = make_store(tmp_path / "weights", "depth_anything_v2")
+    replica = start(store)
+    before = await depth(replica)
+    swap(store)
     # This replica has the old network in memory: what it makes now is nobody else's.
-    await replica.service.annotate(task(resolution=64), PHOTO, None, None)
+    await depth(replica, resolution=64)
     again = start(store)
-    after, _ = await again.service.annotate(task(), PHOTO, None, None)
-    await again.service.annotate(task(resolution=64), PHOTO, None, None)
+    after = await depth(again)
+    await depth(again, resolution=64)
     assert again.runs("depth_anything_v2") == 2
     assert not np.array_equal(before, after)
+    swap(store)
+    assert np.array_equal(await depth(start(store)), before)
+
+
+async def test_a_map_of_weights_replaced_before_they_were_loaded_is_not_kept_as_theirs(
+    start: Start, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path / "weights", "depth_anything_v2")
+    replica = start(store)
+    hashed = replica.service._identities.of
+
+    def and_swap(annotator: str) -> Identity | None:
+        identity = hashed(annotator)
+        swap(store)
+        return identity
+
+    replica.service._identities.of = and_swap  # type: ignore[method-assign]
+    swapped = await depth(replica)
+    replica.service._identities.of = hashed  # type: ignore[method-assign]
+    assert np.array_equal(await depth(replica), swapped)
+    assert (replica.service.calls, replica.service.runs) == (2, 2)
+    swap(store)
+    assert not np.array_equal(await depth(start(store)), swapped)
 
 
 async def test_maps_are_stored_as_pictures(start: Start, tmp_path: Path) -> None:
