@@ -1,63 +1,35 @@
-"""Weights from where they are published to files that services read: fetched, converted, verified.
+"""Weights from the files that are published to those that services read: converted, verified.
 
 The only place that reads pickles, and only with torch's restricted reader, of files whose hash is the published one.
-Services never come here.
+Services never come here. Messages name paths: they are for the operator at the command line.
 """
 
-import asyncio
 import hashlib
+import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 from uuid import uuid4
 
 from serve_app.annotators.detectors import check_hash
-from serve_app.annotators.weights import NETWORKS, Weights, WeightStore
-from serve_app.config import FetchConfig
-from serve_app.errors import ModelLoadFailed, UnsafeModel
-from serve_app.fetching import GuardedClient
+from serve_app.annotators.weights import LARGEST_BYTES, NETWORKS, Weights, WeightStore
+from serve_app.errors import ModelError, ModelLoadFailed, UnsafeModel
 
-_LARGEST_TASK = 64 * 1024 * 1024
+_SOURCE = "source_sha256"
+"""In the metadata of a safetensors file: the SHA-256 of the pickle that it was converted from."""
 
 
-def fetch(store: WeightStore, name: str, config: FetchConfig) -> Path:
-    """Download what ``name`` needs into the folder: from the hub into the hub's own layout, at the pinned revision.
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """A file that its networks load."""
 
-    ``config``: for what is not on the hub. Where the hub is, ``HF_ENDPOINT`` says, as for all of its clients.
-
-    Raises:
-        ModelLoadFailed: the repository lacks the file, or the hub is not reached.
-        UnsafeModel: what came is not what was published.
-        FetchFailed: a file that is not on the hub can't be fetched.
-    """
-    weights = store.row(name)
-    if weights.url is not None:
-        return _fetch_url(store, weights, weights.url, config)
-    from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    def get(file: str) -> Path:
-        return Path(hf_hub_download(weights.repo, file, revision=weights.revision, cache_dir=store.folder))
-
-    # Services are kept offline by a switch that this library reads once, at import; this command is here to go online.
-    constants.HF_HUB_OFFLINE = False
-    try:
-        for other in weights.beside:
-            get(other)
-        try:
-            path = get(weights.file)
-        except EntryNotFoundError:
-            if weights.pickle is None:
-                raise
-            path = get(weights.pickle)
-    except (EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        raise ModelLoadFailed(f"{weights.label}: {error}") from error
-    if weights.sha256 is not None:
-        check_hash(path, weights.sha256)
-    return path
+    path: Path
+    compared: bool
+    """Whether a published hash is known that it was compared with."""
 
 
 def convert(store: WeightStore, name: str, *, allow_unpinned: bool = False) -> Path | None:
@@ -67,18 +39,19 @@ def convert(store: WeightStore, name: str, *, allow_unpinned: bool = False) -> P
         ModelLoadFailed: the pickle, or a file that belongs beside it, is not there, or it does not hold what it should.
         UnsafeModel: its hash is not the published one, it holds more than tensors, or no hash is known for it and
             ``allow_unpinned`` is off.
+        OSError: a file can't be read or written.
     """
     weights = store.row(name)
-    if store.served(name) is not None or not (weights.is_pickle or weights.pickle):
+    published = weights.converted_from
+    if published is None or store.served(name) is not None:
         return None
-    published = weights.file if weights.is_pickle else str(weights.pickle)
-    path = store.find(name, published)
+    path = store.complete(name, published) or store.find(name, published)
     if path is None:
         raise ModelLoadFailed(f"{weights.repo}: {published} is not in {store.folder}; run weights fetch {name}")
     for other in weights.beside:
         if not (path.parent / other).is_file():
             raise ModelLoadFailed(f"{weights.repo}: {other} is not beside {path}; run weights fetch {name}")
-    pinned = weights.sha256 if weights.is_pickle else None
+    pinned = weights.known_sha256(published)
     if pinned is not None:
         check_hash(path, pinned)
     elif not allow_unpinned:
@@ -91,56 +64,98 @@ def convert(store: WeightStore, name: str, *, allow_unpinned: bool = False) -> P
     target.parent.mkdir(parents=True, exist_ok=True)
     for other in weights.beside:
         if (target.parent / other).resolve() != (path.parent / other).resolve():
-            shutil.copyfile(path.parent / other, target.parent / other)
-    _write(state, target, {"format": "pt", "source": weights.label, "source_sha256": pinned or _sha256(path)})
+            with renamed(target.parent / other) as partial:
+                shutil.copyfile(path.parent / other, partial)
+    source = f"{weights.repo}: {published}"
+    _write(state, path, target, {"format": "pt", "source": source, _SOURCE: pinned or _sha256(path)})
     return target
 
 
-def verify(store: WeightStore, name: str) -> Path:
-    """Check the hashes that are known, and load every network that is made of ``name``.
+def verify(store: WeightStore, name: str) -> Verified:
+    """Compare ``name`` with the hashes that are known, and load every network that is made of it.
 
     Raises:
         AnnotatorUnavailable: a file or a package is missing.
         ModelLoadFailed, UnsafeModel: damaged, another network's, or not made of the published file.
     """
     weights = store.row(name)
-    for network, row in NETWORKS.items():
-        if row.weights != name:
-            continue
+    loaders = {network: row.loader for network, row in NETWORKS.items() if row.weights == name}
+    for network, loader in loaders.items():
         path = store.require(network)
-        _check_origin(path, weights)
-        resolve_name(row.loader)(path)
-    return path
+        compared = check_published(path, weights, weights.served)
+        try:
+            with quiet():
+                resolve_name(loader)(path)
+        except ModelError:
+            raise
+        except Exception as error:  # what a damaged file makes of a loader is anybody's guess
+            raise ModelLoadFailed(f"{path}: {type(error).__name__}: {first_line(error)}") from error
+    return Verified(path, compared)
 
 
-def _check_origin(path: Path, weights: Weights) -> None:
-    if weights.sha256 is None:
-        return
-    if not weights.is_pickle:
-        check_hash(path, weights.sha256)
-        return
-    from safetensors import safe_open
+def check_published(path: Path, weights: Weights, file: str) -> bool:
+    """Whether ``path``, which is ``file`` or will be, could be compared with a published hash.
 
-    with safe_open(path, framework="numpy") as file:
-        origin = (file.metadata() or {}).get("source_sha256")
-    if origin != weights.sha256:
-        raise UnsafeModel(f"{path}: made of a file with the SHA-256 {origin}, not {weights.sha256} as published")
+    A safetensors file passes by its own hash, or by that of the pickle which ``convert`` made it of.
+
+    Raises:
+        ModelLoadFailed: it can't be read, or is no safetensors file.
+        UnsafeModel: it is not what was published.
+    """
+    try:
+        expected = weights.known_sha256(file)
+        if file.endswith(".safetensors"):
+            source = _source_sha256(path)
+            pickle_sha256 = weights.known_sha256(weights.converted_from) if weights.converted_from else None
+            if pickle_sha256 is not None and source == pickle_sha256:
+                return True
+            if pickle_sha256 is not None and expected is None and (source is not None or weights.is_pickle):
+                raise UnsafeModel(
+                    f"{path}: made of a file with the SHA-256 {source or '(it does not say)'}, "
+                    f"not {pickle_sha256} as published"
+                )
+        if expected is not None:
+            check_hash(path, expected)
+    except OSError as error:
+        raise ModelLoadFailed(f"{path}: {error.strerror or error}") from error
+    return expected is not None
 
 
-def _fetch_url(store: WeightStore, weights: Weights, url: str, config: FetchConfig) -> Path:
-    async def get() -> bytes:
-        async with GuardedClient(config) as client:
-            return await client.get(url, _LARGEST_TASK)
+@contextmanager
+def renamed(target: Path) -> Iterator[Path]:
+    """A name to write to; it becomes ``target`` when all is written, so that nobody sees half a file."""
+    partial = target.with_name(f".{target.name}.{uuid4().hex}")
+    try:
+        yield partial
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
 
-    data = asyncio.run(get())
-    found = hashlib.sha256(data).hexdigest()
-    if weights.sha256 is not None and found != weights.sha256:
-        raise UnsafeModel(f"{url}: its SHA-256 is {found}, not {weights.sha256} as published")
-    target = store.folder / weights.repo / weights.file
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _renamed(target) as partial:
-        partial.write_bytes(data)
-    return target
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hold back warnings that libraries log, of retries or of every tensor: what fails is raised, and told once."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _source_sha256(path: Path) -> str | None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            source: str | None = (file.metadata() or {}).get(_SOURCE)
+    except SafetensorError as error:
+        raise ModelLoadFailed(f"{path}: not a whole safetensors file: {first_line(error)}") from error
+    return source
 
 
 def _read_pickle(path: Path, weights: Weights) -> dict[str, Any]:
@@ -150,41 +165,47 @@ def _read_pickle(path: Path, weights: Weights) -> dict[str, Any]:
     try:
         value: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (EOFError, RuntimeError) as error:
-        raise ModelLoadFailed(f"{path}: empty, or cut short: {_first_line(error)}") from error
+        raise ModelLoadFailed(f"{path}: empty, or cut short: {first_line(error)}") from error
     except Exception as error:  # what a foreign pickle raises is anybody's guess
-        raise UnsafeModel(f"{path}: torch's restricted reader refuses it: {_first_line(error)}") from error
+        raise UnsafeModel(f"{path}: torch's restricted reader refuses it: {first_line(error)}") from error
     for key in weights.inner:
         if not isinstance(value, Mapping) or key not in value:
             raise ModelLoadFailed(f"{path}: no {'.'.join(weights.inner)} in it")
         value = value[key]
-    if not isinstance(value, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in value.values()):
-        raise ModelLoadFailed(f"{path}: expected names and tensors")
+    if not isinstance(value, Mapping) or not value or not all(map(_is_plain, value.values())):
+        raise ModelLoadFailed(f"{path}: expected names and plain tensors")
+    # A view may be any number of times as large as its file.
+    size_bytes = sum(tensor.numel() * tensor.element_size() for tensor in value.values())
+    if size_bytes > LARGEST_BYTES:
+        raise ModelLoadFailed(f"{path}: holds {size_bytes} bytes of tensors; allowed: {LARGEST_BYTES}")
     # Contiguous copies: safetensors holds no views and no tensor twice.
     return {
-        str(name).removeprefix(weights.prefix): tensor.detach().clone().contiguous() for name, tensor in value.items()
+        str(name).removeprefix(weights.prefix): tensor.detach().clone(memory_format=torch.contiguous_format)
+        for name, tensor in value.items()
     }
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _is_plain(value: Any) -> bool:
+    """Whether it is a tensor with numbers in memory: not sparse, not quantised, not without storage."""
+    import torch
+
+    return (
+        isinstance(value, torch.Tensor)
+        and value.layout is torch.strided
+        and value.device.type == "cpu"
+        and not value.is_quantized
+    )
 
 
-def _write(state: dict[str, Any], target: Path, metadata: dict[str, str]) -> None:
+def _write(state: dict[str, Any], origin: Path, target: Path, metadata: dict[str, str]) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    with _renamed(target) as partial:
-        save_file(state, partial, metadata)
-
-
-@contextmanager
-def _renamed(target: Path) -> Iterator[Path]:
-    """A name to write to; it becomes ``target`` when all is written, so that nobody sees half a file."""
-    partial = target.with_name(f".{target.name}.{uuid4().hex}")
-    try:
-        yield partial
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with renamed(target) as partial:
+        try:
+            save_file(state, partial, metadata)
+        except (SafetensorError, RuntimeError, ValueError, LookupError) as error:
+            raise ModelLoadFailed(f"{origin}: cannot be written as safetensors: {first_line(error)}") from error
 
 
 def _sha256(path: Path) -> str:

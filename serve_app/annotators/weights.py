@@ -5,8 +5,9 @@ Strings and paths only: no torch here, so that a gateway can tell which annotato
 Below the weights folder a file of the hub repository ``owner/name`` is looked for in two places: ``owner/name/file``,
 which is what ``controlnet-serve weights convert`` writes and what a plain copy of a repository looks like, and
 ``models--owner--name/snapshots/<revision>/file``, the layout of the hub's own cache, which
-``controlnet-serve weights fetch`` fills. Services read safetensors and, for MediaPipe, a ``.task`` file of a known
-hash. Pickles are read by ``convert`` alone.
+``controlnet-serve weights fetch`` fills. The first of the two folders that has all files is read: what an operator put
+into the plain one wins, and ``weights verify`` compares either with the published hash. Services read safetensors and,
+for MediaPipe, a ``.task`` file of a known hash. Pickles are read by ``convert`` alone.
 """
 
 import importlib.util
@@ -14,6 +15,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from serve_app.annotators.source import AnnotatorRow
 from serve_app.errors import AnnotatorUnavailable, one_of
@@ -23,6 +25,9 @@ MEDIAPIPE_REMEDY = (
     "dependencies, mediapipe would bring opencv-contrib-python, which overwrites opencv-python-headless)"
 )
 """What mediapipe 1.2.2 asks for, less numpy and OpenCV, which are here."""
+
+LARGEST_BYTES = 4 * 1024**3
+"""No file of weights that is larger is downloaded or converted; the largest in WEIGHTS, zoe, has 1.3 GiB."""
 
 _REVISION = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]*")
 
@@ -47,6 +52,8 @@ class Weights:
     """Files of the same repository that are needed with it."""
     pickle: str | None = None
     """What ``file`` can be converted from where the repository has no safetensors."""
+    pickle_sha256: str | None = None
+    """Of ``pickle`` as published; None: not known."""
     url: str | None = None
     """Where it is published if not on the hub."""
 
@@ -58,6 +65,15 @@ class Weights:
     @property
     def is_pickle(self) -> bool:
         return self.file.endswith((".pth", ".pt"))
+
+    @property
+    def converted_from(self) -> str | None:
+        """The pickle that ``served`` can be made of, or None."""
+        return self.file if self.is_pickle else self.pickle
+
+    def known_sha256(self, file: str) -> str | None:
+        """Of ``file`` as published; None: not known, or it is nothing that is published."""
+        return {self.file: self.sha256, self.pickle: self.pickle_sha256}.get(file)
 
     @property
     def label(self) -> str:
@@ -93,8 +109,14 @@ class Missing:
 
 Readiness = Ready | Missing
 
-# Hashes and the commit are those that public code which fetches these files states. They were not compared with the hub
-# itself; a wrong one refuses a good file and never lets in a bad one.
+WeightState = Literal["ready", "to convert", "incomplete", "missing"]
+"""``to convert``: a pickle is there; ``incomplete``: a file that belongs beside the weights is not."""
+
+# Hashes and commits are those that public code which fetches these files states. They were not compared with the hub
+# itself; a wrong one refuses a good file and never lets in a bad one. Depth-Anything-V2-Small-hf: ten projects state
+# the same SHA-256, some as the hub's own (LFS). dpt-hybrid-midas: many state the commit, one of them the SHA-256 of the
+# pickle, in a list of LFS hashes whose other entries are well known. zoedepth-nyu and upernet-convnext-small: found
+# nowhere.
 _ANNOTATORS = "lllyasviel/Annotators"
 _COMMIT = "982e7edaec38759d914a963c48c4726685de7d96"
 _FACE_LANDMARKER = "mediapipe-models/face_landmarker/face_landmarker/float16/1/face_landmarker.task"
@@ -105,9 +127,12 @@ def _pickle(file: str, licence: str, sha256: str, inner: tuple[str, ...] = (), p
     return Weights(_ANNOTATORS, file, licence, _COMMIT, sha256, inner, prefix)
 
 
-def _folder(repo: str, licence: str, revision: str | None = None) -> Weights:
+def _folder(
+    repo: str, licence: str, revision: str | None = None, sha256: str | None = None, pickle_sha256: str | None = None
+) -> Weights:
     """A model that transformers loads."""
-    return Weights(repo, "model.safetensors", licence, revision, beside=("config.json",), pickle="pytorch_model.bin")
+    file, pickle, beside = "model.safetensors", "pytorch_model.bin", ("config.json",)
+    return Weights(repo, file, licence, revision, sha256, beside=beside, pickle=pickle, pickle_sha256=pickle_sha256)
 
 
 WEIGHTS: Mapping[str, Weights] = {
@@ -155,9 +180,17 @@ WEIGHTS: Mapping[str, Weights] = {
         "facenet.pth", _OPENPOSE_LICENCE, "8beb52e548624ffcc4aed12af7aee7dcbfaeea420c75609fee999fe7add79d43"
     ),
     "depth_anything_v2": _folder(
-        "depth-anything/Depth-Anything-V2-Small-hf", "Apache-2.0", "5426e4f0f36572d16453bbda7a8389317b1bef99"
+        "depth-anything/Depth-Anything-V2-Small-hf",
+        "Apache-2.0",
+        "5426e4f0f36572d16453bbda7a8389317b1bef99",
+        "3152477ce0d8d6978d76b995120de97cb5b928701fd0f817769f59e249a16b70",
     ),
-    "midas": _folder("Intel/dpt-hybrid-midas", "Apache-2.0"),
+    "midas": _folder(
+        "Intel/dpt-hybrid-midas",
+        "Apache-2.0",
+        "11eaf7a1cf4bd70740697dbc216f98980c0aeb03",
+        pickle_sha256="b6c4d44f9d96ca3fa76dd3bbb153989a60b4ad5526559f3c598562a368d687ec",
+    ),
     "zoe": _folder("Intel/zoedepth-nyu", "MIT"),
     "upernet": _folder("openmmlab/upernet-convnext-small", "MIT"),
     "face_landmarker": Weights(
@@ -204,40 +237,59 @@ class WeightStore:
             raise AnnotatorUnavailable(one_of("weights", name, tuple(self.table)))
         return self.table[name]
 
-    def find(self, name: str, file: str) -> Path | None:
-        """Where ``file`` of the repository of ``name`` lies, or None. A half-written file has another name."""
+    def folders(self, name: str) -> tuple[Path, ...]:
+        """Where the files of ``name`` are looked for, in this order; the folders need not be there."""
         row = self.row(name)
-        plain = self.folder / row.repo / file
-        if plain.is_file():
-            return plain
+        plain = self.folder / row.repo
         cached = self.folder / f"models--{row.repo.replace('/', '--')}"
         revision = row.revision or _main(cached)
         if revision is None or not _REVISION.fullmatch(revision):
-            return None
-        path = cached / "snapshots" / revision / file
-        return path if path.is_file() else None
+            return (plain,)
+        return plain, cached / "snapshots" / revision
+
+    def find(self, name: str, file: str) -> Path | None:
+        """Where ``file`` of the repository of ``name`` lies, or None. A half-written file has another name."""
+        return next((folder / file for folder in self.folders(name) if _is_file(folder / file)), None)
+
+    def complete(self, name: str, file: str) -> Path | None:
+        """``file`` in the first folder that also has what belongs beside it."""
+        files = (file, *self.row(name).beside)
+        for folder in self.folders(name):
+            if all(_is_file(folder / each) for each in files):
+                return folder / file
+        return None
 
     def served(self, name: str) -> Path | None:
         """The file that a service reads, if it and the files beside it are there."""
+        return self.complete(name, self.row(name).served)
+
+    def state(self, name: str) -> WeightState:
+        """What lies in the folder, by names alone."""
         row = self.row(name)
-        path = self.find(name, row.served)
-        return path if path is not None and all((path.parent / other).is_file() for other in row.beside) else None
+        if self.served(name) is not None:
+            return "ready"
+        files = [row.served, *([row.converted_from] if row.converted_from else [])]
+        if self.complete(name, files[-1]) is not None:
+            return "to convert"
+        return "incomplete" if any(self.find(name, file) is not None for file in files) else "missing"
 
     def problem(self, network: str) -> str | None:
-        """Why a network can't be loaded, for the person who can mend it, or None."""
-        row = NETWORKS[network]
-        if row.package and importlib.util.find_spec(row.package) is None:
-            return f"the package {row.package} is not installed; run: {row.remedy}"
-        if self.served(row.weights) is not None:
-            return None
-        weights = self.row(row.weights)
-        has_pickle = any(self.find(row.weights, file) for file in (weights.file, weights.pickle) if file)
-        verb = "convert" if has_pickle else "fetch"
-        origin = weights.url or f"the repository {weights.repo}"
-        return (
-            f"the weights {weights.served} from {origin} (licence: {weights.licence}) are not in the weights folder; "
-            f"run: controlnet-serve weights {verb} {row.weights}"
-        )
+        """All that keeps a network from being loaded, for the person who can mend it, or None."""
+        weights = NETWORKS[network].weights
+        state = self.state(weights)
+        lacking = self._lacking(weights, state) if state != "ready" else None
+        return "; ".join(filter(None, (package_problem(network), lacking))) or None
+
+    def _lacking(self, name: str, state: WeightState) -> str:
+        row = self.row(name)
+        origin = f"{row.url or f'the repository {row.repo}'} (licence: {row.licence})"
+        verb = "convert" if state == "to convert" else "fetch"
+        what = f"the weights {row.served} from {origin} are not in the weights folder"
+        lies = self.find(name, row.served) or (row.converted_from and self.find(name, row.converted_from))
+        if state == "incomplete" and lies:
+            lacking = ", ".join(file for file in row.beside if not _is_file(lies.parent / file))
+            what = f"the weights {lies.name} from {origin} are there without their {lacking}"
+        return f"{what}; run: controlnet-serve weights {verb} {name}"
 
     def require(self, network: str) -> Path:
         """The file to load a network from.
@@ -260,6 +312,25 @@ class WeightStore:
         return found
 
 
+def package_problem(network: str) -> str | None:
+    """Says that an optional package is not installed, and what installs it; None: nothing lacks."""
+    row = NETWORKS[network]
+    if not row.package or importlib.util.find_spec(row.package) is not None:
+        return None
+    return f"the package {row.package} is not installed; run: {row.remedy}"
+
+
+def _is_file(path: Path) -> bool:
+    """Whether it is a file; what may not be looked at is none."""
+    try:
+        return path.is_file()
+    except OSError:  # pathlib tells apart what is not there and what is not permitted
+        return False
+
+
 def _main(cached: Path) -> str | None:
-    reference = cached / "refs" / "main"
-    return reference.read_text().strip() if reference.is_file() else None
+    """The commit that the hub's cache knows as ``main``."""
+    try:
+        return (cached / "refs" / "main").read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return None

@@ -26,10 +26,14 @@ def secret(name: str | None) -> str | None:
     return value
 
 
-def set_environment(values: Mapping[str, str]) -> None:
-    """Set process environment defaults (thread counts, library switches); what is already set wins."""
-    for name, value in values.items():
-        os.environ.setdefault(name, value)
+def set_environment(values: Mapping[str, str]) -> frozenset[str]:
+    """Set process environment defaults (thread counts, library switches); what is already set wins.
+
+    Returns the names that were not set before.
+    """
+    new = frozenset(values) - frozenset(os.environ)
+    os.environ.update({name: values[name] for name in new})
+    return new
 
 
 def load_config(path: Path | None = None) -> AppConfig:

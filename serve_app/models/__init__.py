@@ -6,4 +6,5 @@ or transformers, which read them once: no library goes online on its own, none r
 
 from serve_app.config import set_environment
 
-set_environment({"HF_HUB_OFFLINE": "1", "DIFFUSERS_DISABLE_REMOTE_CODE": "1"})
+KEPT_OFFLINE_HERE = "HF_HUB_OFFLINE" in set_environment({"HF_HUB_OFFLINE": "1", "DIFFUSERS_DISABLE_REMOTE_CODE": "1"})
+"""Whether nobody had set that switch: what was asked to go online may, where the operator has not forbidden it."""

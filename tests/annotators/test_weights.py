@@ -1,8 +1,10 @@
 """Weights: where they are looked for, what is said when they are missing, and how they get there."""
 
 import hashlib
+import importlib.util
 import os
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -18,7 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from serve_app.annotators import ANNOTATORS, Missing, Ready, networks, readiness
-from serve_app.annotators.convert import convert, fetch, verify
+from serve_app.annotators.convert import convert, verify
+from serve_app.annotators.fetch import fetch
 from serve_app.annotators.isolation import part
 from serve_app.annotators.weights import NETWORKS, WEIGHTS, WeightStore
 from serve_app.config import FetchConfig
@@ -36,7 +39,8 @@ class TestTable:
         row = WEIGHTS[name]
         assert row.licence
         assert row.repo.count("/") == 1
-        assert row.sha256 is None or len(bytes.fromhex(row.sha256)) == 32
+        for known in filter(None, (row.sha256, row.pickle_sha256)):
+            assert len(bytes.fromhex(known)) == 32
         assert row.revision is None or len(bytes.fromhex(row.revision)) == 20
         assert not row.is_pickle or row.sha256, "a pickle is read only if its hash is known"
         assert row.served.endswith((".safetensors", ".task"))
@@ -79,6 +83,33 @@ class TestReadiness:
         (path,) = tmp_path.rglob("config.json")
         path.unlink()
         assert WeightStore(tmp_path).served("upernet") is None
+
+    @pytest.mark.parametrize("name", ["midas", "zoe", "upernet", "depth_anything_v2"])
+    def test_what_lacks_beside_the_weights_is_named(self, tmp_path: Path, name: str) -> None:
+        write_transformer(tmp_path, name)
+        (path,) = tmp_path.rglob("config.json")
+        path.unlink()
+        said = rf"model.safetensors from .* without their config.json; .*weights fetch {name}"
+        for ask in (lambda store: store.require(name), lambda store: verify(store, name)):
+            with pytest.raises(AnnotatorUnavailable, match=said) as caught:
+                ask(WeightStore(tmp_path))
+            assert str(tmp_path) not in caught.value.message
+
+    def test_an_incomplete_folder_hides_no_complete_one(self, tmp_path: Path) -> None:
+        write_transformer(tmp_path, "upernet")
+        plain = tmp_path / "openmmlab" / "upernet-convnext-small"
+        plain.mkdir(parents=True)
+        (plain / "model.safetensors").touch()
+        assert "snapshots" in str(WeightStore(tmp_path).served("upernet"))
+        (plain / "config.json").touch()
+        assert WeightStore(tmp_path).served("upernet") == plain / "model.safetensors"
+
+    def test_package_and_weights_are_named_at_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+        state = readiness(WeightStore(tmp_path))["mediapipe_face"]
+        assert isinstance(state, Missing)
+        for words in ("pip install --no-deps mediapipe", "face_landmarker.task", "weights fetch face_landmarker"):
+            assert words in state.reason
 
     def test_an_unknown_name_is_answered_with_the_known_ones(self, tmp_path: Path) -> None:
         with pytest.raises(AnnotatorUnavailable, match="pidinet"):
@@ -150,7 +181,7 @@ class TestConvert:
         with pytest.raises(UnsafeModel, match="--allow-unpinned"):
             convert(store, "zoe")
         assert convert(store, "zoe", allow_unpinned=True) == tmp_path / "Intel" / "zoedepth-nyu" / "model.safetensors"
-        assert verify(store, "zoe") == tmp_path / "Intel" / "zoedepth-nyu" / "model.safetensors"
+        assert verify(store, "zoe").path == tmp_path / "Intel" / "zoedepth-nyu" / "model.safetensors"
 
     @pytest.mark.parametrize("kept", [0, 1, 100, 5000])
     def test_an_empty_file_and_one_cut_short_are_told(self, tmp_path: Path, kept: int) -> None:
@@ -194,7 +225,7 @@ class _Harm:
 class TestVerify:
     def test_what_was_not_made_of_the_published_file_is_found(self, tmp_path: Path) -> None:
         store = make_store(tmp_path, "pidinet")
-        assert verify(store, "pidinet").is_file()
+        assert verify(store, "pidinet").compared
         with pytest.raises(UnsafeModel, match="as published"):
             verify(WeightStore(tmp_path), "pidinet")
 
@@ -206,14 +237,6 @@ class TestVerify:
         path.rename(path.with_name(row.served))
         with pytest.raises(ModelLoadFailed, match="missing"):
             verify(WeightStore(tmp_path, {**WEIGHTS, "mlsd": row}), "mlsd")
-
-    def test_a_file_cut_short_is_found(self, tmp_path: Path) -> None:
-        store = make_store(tmp_path, "lineart")
-        path = store.served("lineart")
-        assert path is not None
-        path.write_bytes(path.read_bytes()[:-100])
-        with pytest.raises((ModelLoadFailed, Exception), match=r"incomplete|sk_model"):
-            verify(store, "lineart")
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -259,10 +282,12 @@ def hub() -> Iterator[tuple[str, dict[str, bytes]]]:
             thread.join()
 
 
-def weights_command(hub: str, data: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+def weights_command(hub: str, data: Path, *arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+    """``variables``: of the process's environment; the switch of the tests' own process is not handed on."""
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     return subprocess.run(
         [sys.executable, "-c", "from serve_app.cli import main; main()", "weights", *arguments, "--data", str(data)],
-        env={**os.environ, "HF_ENDPOINT": hub, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"},
+        env=environment | {"HF_ENDPOINT": hub, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **variables},
         capture_output=True,
         text=True,
         check=False,
@@ -281,7 +306,7 @@ class TestCommands:
         assert done.returncode == 0, done.stderr
         assert f"models--openmmlab--upernet-convnext-small/snapshots/{Hub.commit}/model.safetensors" in done.stdout
         assert readiness(WeightStore(data / "annotators"))["upernet"] == Ready()
-        assert verify(WeightStore(data / "annotators"), "upernet").is_file()
+        assert not verify(WeightStore(data / "annotators"), "upernet").compared
 
     def test_a_file_that_is_not_the_published_one_and_one_that_is_not_there(
         self, hub: tuple[str, dict[str, bytes]], tmp_path: Path
@@ -295,11 +320,45 @@ class TestCommands:
         assert "as published" in done.stderr
         assert "error: mlsd: lllyasviel/Annotators: mlsd_large_512_fp32.pth" in done.stderr
 
-    def test_list_tells_states_licences_and_what_cannot_run(self, tmp_path: Path) -> None:
+    def test_what_came_damaged_is_told_and_deleted(self, hub: tuple[str, dict[str, bytes]], tmp_path: Path) -> None:
+        address, files = hub
+        row = WEIGHTS["depth_anything_v2"]
+        files[f"/{row.repo}/resolve/{row.revision}/config.json"] = b"{}"
+        files[f"/{row.repo}/resolve/{row.revision}/model.safetensors"] = b"half of it"
+        done = weights_command(address, tmp_path, "fetch", "depth_anything_v2")
+        assert "not a whole safetensors file" in done.stderr
+        assert WeightStore(tmp_path / "annotators").state("depth_anything_v2") == "missing"
+        assert [path.name for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size == 10] == []
+
+    def test_a_hub_that_is_not_reached_is_one_line_at_once(self, tmp_path: Path) -> None:
+        """The library would ask six times, with pauses of half a minute, and say so each time."""
+        done = weights_command("http://127.0.0.1:9", tmp_path, "fetch", "hed", "upernet")
+        assert done.returncode == 1
+        lines = done.stderr.splitlines()
+        assert [line.split(": ")[1] for line in lines] == ["hed", "upernet"]
+        assert all("the hub (127.0.0.1) is not reached" in line for line in lines)
+
+    def test_offline_says_so_and_where_the_file_is_expected(self, tmp_path: Path) -> None:
+        done = weights_command("http://127.0.0.1:9", tmp_path, "fetch", "midas", HF_HUB_OFFLINE="1")
+        assert done.returncode == 1
+        (line,) = done.stderr.splitlines()
+        assert "HF_HUB_OFFLINE" in line
+        assert "put model.safetensors or pytorch_model.bin and config.json" in line
+        assert str(tmp_path / "annotators" / "Intel" / "dpt-hybrid-midas") in line
+
+    def test_list_is_a_table_with_what_to_run(self, tmp_path: Path) -> None:
+        write_pickle(tmp_path / "annotators", "mlsd")
         done = weights_command("http://127.0.0.1:9", tmp_path, "list")
         assert done.returncode == 0, done.stderr
-        assert "hed  missing  Apache-2.0  lllyasviel/Annotators: ControlNetHED.pth" in done.stdout
-        assert "midas can't run: the weights model.safetensors" in done.stdout
+        heading, *rows = done.stdout.splitlines()[: 1 + len(WEIGHTS)]
+        for title in ("STATE", "ANNOTATORS", "LICENCE", "SHA-256", "PUBLISHED AS"):
+            column = heading.index(title)
+            assert all(row[column - 2 : column] == "  " and row[column] != " " for row in rows), title
+        cells = [re.split("  +", row) for row in rows]
+        assert cells[0][:4] == ["hed", "missing", "hed, scribble_hed", "Apache-2.0"]
+        assert {row[0]: row[1] for row in cells}["mlsd"] == "to convert"
+        assert re.search("^run: controlnet-serve weights fetch hed .*face_landmarker$", done.stdout, re.MULTILINE)
+        assert "run: controlnet-serve weights convert mlsd\n" in done.stdout
         assert "canny" not in done.stdout
 
     def test_nothing_named_is_a_mistake(self, tmp_path: Path) -> None:
