@@ -46,6 +46,7 @@ jobs = sa.Table(
     sa.Column("tenant", sa.String(64), nullable=False),
     sa.Column("key_id", sa.String(32), nullable=False),
     sa.Column("status", sa.String(16), nullable=False),
+    sa.Column("endpoint", sa.String(32), nullable=False),  # of the spec: jobs of one take about the same time
     sa.Column("spec", sa.Text, nullable=False),  # JobSpec as JSON
     sa.Column("file_prefix", sa.String(36), nullable=False, unique=True),
     sa.Column("created_at", sa.Double, nullable=False),

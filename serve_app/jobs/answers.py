@@ -3,7 +3,7 @@
 from pydantic import JsonValue
 
 from serve_app.jobs.job import Job, JobStatus
-from serve_app.jobs.store import Outlook
+from serve_app.jobs.outlook import Outlook
 from serve_app.tasks import GenerationTask
 
 Body = dict[str, JsonValue]

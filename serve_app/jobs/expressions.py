@@ -12,8 +12,6 @@ ENDED = tuple(status for status in JobStatus if status.ended)
 AttemptKey = tuple[int, int]
 """Job id and attempt number."""
 
-_RECENT_JOBS = 20
-
 
 def held_by(*attempts: AttemptKey) -> sa.ColumnElement[bool]:
     """Jobs that these attempts still hold: the fence before every write."""
@@ -33,21 +31,9 @@ def known_progress(progress: Mapping[AttemptKey, float]) -> sa.ColumnElement[flo
     return sa.case(*rows, else_=jobs.c.progress)
 
 
-def mean_run_s() -> sa.ScalarSelect[float | None]:
-    """Mean seconds that recent successful jobs ran; NULL before the first."""
-    recent = (
-        sa.select((jobs.c.finished_at - jobs.c.started_at).label("run_s"))
-        .where(jobs.c.status == JobStatus.SUCCESS)
-        .order_by(jobs.c.not_before.desc(), jobs.c.created_at.desc())  # as the index on status is sorted
-        .limit(_RECENT_JOBS)
-        .subquery("recent")
-    )
-    return sa.select(sa.func.avg(recent.c.run_s, type_=sa.Double)).scalar_subquery()
-
-
 def waiting_line(*conditions: sa.ColumnElement[bool]) -> sa.Subquery:
-    """Queued jobs that meet ``conditions``: ``id``; ``place``, from 1 for the next job to run; ``suspect``; and
-    ``place_of_kind``, the place among suspects or among all others.
+    """Queued jobs that meet ``conditions``: ``id``; ``endpoint``; ``suspect``; ``place``, from 1 for the next job to
+    run; and ``place_of_kind``, the place among suspects or among all others.
 
     Turns between tenants are fair: a tenant's n-th waiting job has turn n plus the number of jobs the tenant has
     running already. Lower turns go first, the older job within a turn: a tenant alone gets everything, two share
@@ -65,6 +51,7 @@ def waiting_line(*conditions: sa.ColumnElement[bool]) -> sa.Subquery:
             jobs.c.id,
             jobs.c.created_at,
             jobs.c.suspect,
+            jobs.c.endpoint,
             (own_place + sa.func.coalesce(running.c.count, 0)).label("turn"),
         )
         .outerjoin(running, running.c.tenant == jobs.c.tenant)
@@ -74,6 +61,10 @@ def waiting_line(*conditions: sa.ColumnElement[bool]) -> sa.Subquery:
     order = [turns.c.turn, turns.c.created_at, turns.c.id]
     place = sa.func.row_number().over(order_by=order)
     place_of_kind = sa.func.row_number().over(partition_by=turns.c.suspect, order_by=order)
-    return sa.select(turns.c.id, turns.c.suspect, place.label("place"), place_of_kind.label("place_of_kind")).subquery(
-        "line"
-    )
+    return sa.select(
+        turns.c.id,
+        turns.c.suspect,
+        turns.c.endpoint,
+        place.label("place"),
+        place_of_kind.label("place_of_kind"),
+    ).subquery("line")

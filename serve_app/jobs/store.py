@@ -17,9 +17,10 @@ import sqlalchemy as sa
 from serve_app.config import LimitsConfig
 from serve_app.database import Database, jobs
 from serve_app.errors import QueueFull
-from serve_app.jobs.expressions import ENDED, AttemptKey, held_by, known_progress, mean_run_s, waiting_line
+from serve_app.jobs.expressions import ENDED, AttemptKey, held_by, known_progress, waiting_line
 from serve_app.jobs.inputs import JobInputs
 from serve_app.jobs.job import Job, JobResult, JobSpec, JobStatus
+from serve_app.jobs.outlook import Outlook, mean_run_s, outlook, queue_time_s
 from serve_app.jobs.pictures import JobPictures
 from serve_app.jobs.records import UNREADABLE, is_readable, read_job
 from serve_app.keys import Principal
@@ -30,7 +31,6 @@ NO_PROGRESS: Final[Mapping[AttemptKey, float]] = MappingProxyType({})
 _ID_MIN: Final = 2**40
 _ID_MAX: Final = 2**53  # JavaScript keeps 53 bits exactly
 _QUEUE_LOCK, _CLAIM_LOCK = 1, 2
-_ASSUMED_RUN_S = 5.0  # for the estimate, before any job has ended
 _RETRY_AFTER_MAX_S = 60
 _WEBHOOK_STATUS_MAX = 200
 _ERROR_MAX = 2000
@@ -43,16 +43,6 @@ class Holding:
     lost: frozenset[AttemptKey]
     """The job ended or was given to another attempt."""
     cancel_requested: frozenset[AttemptKey]
-
-
-@dataclass(frozen=True, slots=True)
-class Outlook:
-    """What a waiting client is told."""
-
-    position: int
-    """Place in the queue, from 1; 0 when the job runs or has ended."""
-    eta_s: int
-    """Estimated seconds to the end, at least 1."""
 
 
 class JobStore:
@@ -77,6 +67,7 @@ class JobStore:
             "tenant": principal.tenant,
             "key_id": principal.key_id,
             "status": JobStatus.QUEUED,
+            "endpoint": spec.endpoint,
             "spec": spec.model_dump_json(),
             "file_prefix": spec.output.file_prefix,
             "created_at": self._database.now_sql(),
@@ -113,7 +104,7 @@ class JobStore:
         )
         for name, limit, count in limits:
             if limit is not None and connection.execute(count).scalar_one() >= limit:
-                retry_after_s = math.ceil(connection.scalar(sa.select(mean_run_s())) or 1)
+                retry_after_s = math.ceil(mean_run_s(connection, None) or 1)
                 raise QueueFull(
                     retry_after_s=min(max(1, retry_after_s), _RETRY_AFTER_MAX_S),
                     tip=f"The queue is full: {name} allows {limit} waiting jobs.",
@@ -152,26 +143,15 @@ class JobStore:
             found = {JobStatus(status): count for status, count in connection.execute(query)}
         return {status: found.get(status, 0) for status in live}
 
-    def mean_run_s(self) -> float | None:
-        """Mean seconds that recent successful jobs ran; None before the first."""
-        with self._database.read() as connection:
-            return connection.scalar(sa.select(mean_run_s()))
-
     def outlook(self, job_id: int) -> Outlook:
         """Where a job stands in the queue and when it may end."""
-        line = waiting_line()
-        running = sa.select(sa.func.count()).where(jobs.c.status == JobStatus.PROCESSING)
-        elapsed = sa.select(self._database.now_sql() - jobs.c.started_at).where(
-            jobs.c.id == job_id, jobs.c.status == JobStatus.PROCESSING
-        )
         with self._database.read() as connection:
-            mean_s = connection.scalar(sa.select(mean_run_s())) or _ASSUMED_RUN_S
-            position = connection.scalar(sa.select(line.c.place).where(line.c.id == job_id)) or 0
-            if position:
-                eta_s = mean_s * (1 + position / max(1, connection.execute(running).scalar_one()))
-            else:
-                eta_s = mean_s - (connection.scalar(elapsed) or 0.0)
-        return Outlook(position, max(1, math.ceil(eta_s)))
+            return outlook(connection, job_id, self._database.now_sql())
+
+    def queue_time_s(self) -> float:
+        """Seconds that a job submitted now is expected to wait."""
+        with self._database.read() as connection:
+            return queue_time_s(connection)
 
     # Attempts
 

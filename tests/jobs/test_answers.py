@@ -4,7 +4,7 @@ import pytest
 
 from serve_app.jobs.answers import fetch_body, not_found_body, submit_body, webhook_body
 from serve_app.jobs.job import Job, JobStatus
-from serve_app.jobs.store import Outlook
+from serve_app.jobs.outlook import Outlook
 from serve_app.tasks import AnnotationInfo
 from support.jobs import RESULT, make_spec
 

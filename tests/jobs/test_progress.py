@@ -9,7 +9,8 @@ from serve_app.database import Database
 from serve_app.errors import WorkerBusy
 from serve_app.jobs.answers import fetch_body
 from serve_app.jobs.job import Job, JobStatus
-from serve_app.jobs.store import JobStore, Outlook
+from serve_app.jobs.outlook import Outlook
+from serve_app.jobs.store import JobStore
 from support.backend import HANG, ScriptedBackend
 from support.dispatch import Start, end_of, now, until
 from support.jobs import ALICE, RESULT, make_spec

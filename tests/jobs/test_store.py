@@ -268,24 +268,6 @@ def test_listing_pages_through_the_tenants_own_jobs(any_store: JobStore) -> None
     )
 
 
-def test_the_outlook_learns_from_recent_jobs(any_database: Database) -> None:
-    store = JobStore(any_database, LimitsConfig())
-    assert store.mean_run_s() is None
-    store.submit(ALICE, make_spec())
-    done = claim_one(store)
-    store.finish(done.id, done.attempt, RESULT)
-    with any_database.transaction() as connection:
-        connection.execute(sa.update(jobs).values(started_at=jobs.c.finished_at - 30))
-    assert store.mean_run_s() == pytest.approx(30, abs=0.1)
-    waiting = store.submit(ALICE, make_spec())
-    assert store.outlook(waiting.id).eta_s == 60
-    claim_one(store)
-    running = store.outlook(waiting.id)
-    assert running.position == 0
-    assert 28 <= running.eta_s <= 30
-    assert store.outlook(done.id).eta_s >= 1
-
-
 def test_inputs_that_jobs_share_go_with_the_last_of_them(any_store: JobStore) -> None:
     spec = make_spec(inputs=(InputRef(field="init_image", key="inputs/shared"),))
     confirmed: list[str] = []

@@ -9,7 +9,7 @@ from serve_app.api.services import Services
 from serve_app.jobs.answers import fetch_body, submit_body
 from serve_app.jobs.job import Job, JobSpec
 from serve_app.jobs.lifecycle import submit
-from serve_app.jobs.store import Outlook
+from serve_app.jobs.outlook import Outlook
 
 
 async def accept(call: Call, spec: JobSpec, inline: Mapping[str, bytes], *, instant: bool) -> Answer:

@@ -10,7 +10,7 @@ from serve_app.api.fields import Name, Whole, WireModel, parse, read_integer
 from serve_app.api.operations import Call
 from serve_app.errors import NotFound
 from serve_app.jobs.job import Job, JobStatus
-from serve_app.jobs.store import Outlook
+from serve_app.jobs.outlook import Outlook
 
 MAX_JOB_ID = 2**53 - 1
 MAX_PAGE = 100

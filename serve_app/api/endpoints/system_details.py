@@ -34,12 +34,12 @@ async def system_details(call: Call) -> Answer:
     services = call.services
     models = await asyncio.to_thread(services.catalog.list)
     counts = await asyncio.to_thread(services.jobs.counts)
-    mean_run_s = await asyncio.to_thread(services.jobs.mean_run_s)
+    queue_time_s = await asyncio.to_thread(services.jobs.queue_time_s)
     stats = await services.backend_stats()
     queued, processing = counts[JobStatus.QUEUED], counts[JobStatus.PROCESSING]
     answer = SystemAnswer(
         model_count=len(models),
-        queue_time=round((mean_run_s or 0.0) * queued / max(1, processing), 3),
+        queue_time=round(queue_time_s, 3),
         queued=queued,
         processing=processing,
         nodes=sorted({one.node for one in stats.denoisers} | {one.node for one in stats.annotators}),
