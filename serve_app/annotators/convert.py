@@ -150,6 +150,8 @@ def first_line(error: Exception) -> str:
 def _source_sha256(path: Path) -> str | None:
     from safetensors import SafetensorError, safe_open
 
+    with path.open("rb"):  # safetensors calls what may not be read not there
+        pass
     try:
         with safe_open(path, framework="numpy") as file:
             source: str | None = (file.metadata() or {}).get(_SOURCE)

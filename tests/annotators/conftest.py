@@ -8,6 +8,9 @@ import pytest
 
 from serve_app.storage.local import LocalStore
 from support.detectors import Detectors, fake_mediapipe
+from support.s3 import s3_server
+
+__all__ = ["s3_server"]
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import sysconfig
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -51,26 +52,28 @@ class S3Server:
             "AWS_EC2_METADATA_DISABLED": "true",
         }
 
+    @property
     def client(self) -> Any:
-        """boto3's client."""
-        import boto3
-
-        return boto3.session.Session().client(
-            "s3",
-            endpoint_url=self.url,
-            aws_access_key_id=self.access_key,
-            aws_secret_access_key=self.secret_key,
-            region_name="us-east-1",
-        )
+        """boto3's client, one for all: making one takes longer than a request."""
+        return _client(self.url, self.access_key, self.secret_key)
 
     def make_bucket(self) -> str:
         """A bucket of a new name."""
         name = f"test-{uuid4().hex}"
-        self.client().create_bucket(Bucket=name)
+        self.client.create_bucket(Bucket=name)
         return name
 
+    def put(self, folder: Path, to: str) -> None:
+        """Upload what lies in ``folder`` under ``bucket/prefix``."""
+        bucket, _, prefix = to.partition("/")
+        for path in folder.rglob("*"):
+            if path.is_file():
+                self.client.put_object(
+                    Bucket=bucket, Key=f"{prefix}/{path.relative_to(folder)}".lstrip("/"), Body=path.read_bytes()
+                )
+
     def copy(self, folder: Path, to: str) -> None:
-        """``rclone copy``: what lies in ``folder``, under ``bucket/prefix``."""
+        """The same with ``rclone copy``, as an operator would do it."""
         remote = {
             "RCLONE_CONFIG_TEST_TYPE": "s3",
             "RCLONE_CONFIG_TEST_PROVIDER": "Rclone",
@@ -86,10 +89,18 @@ class S3Server:
         )
 
 
+@cache
+def _client(url: str, access_key: str, secret_key: str) -> Any:
+    import boto3
+
+    keys = {"aws_access_key_id": access_key, "aws_secret_access_key": secret_key, "region_name": "us-east-1"}
+    return boto3.session.Session().client("s3", endpoint_url=url, **keys)
+
+
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     access_key, secret_key = "TESTKEY", f"secret-{uuid4().hex}"
-    command = [rclone(), "--config", os.devnull, "serve", "s3", "--addr", "127.0.0.1:0", "--dir-cache-time", "0s"]
+    command = [rclone(), "--config", os.devnull, "serve", "s3", "--addr", "127.0.0.1:0"]
     server = subprocess.Popen(
         [*command, "--auth-key", f"{access_key},{secret_key}", str(tmp_path_factory.mktemp("s3"))],
         stderr=subprocess.PIPE,
@@ -104,8 +115,12 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
                 raise RuntimeError(f"rclone serve s3: {said}")
             said += line
         # What it logs later must go somewhere, or a full pipe would stop it.
-        threading.Thread(target=server.stderr.read, daemon=True).start()
+        drain = threading.Thread(target=server.stderr.read, daemon=True)
+        drain.start()
         yield S3Server(match[1], access_key, secret_key)
-    finally:
         server.terminate()
-        server.wait(10)
+        drain.join(30)
+    finally:
+        server.kill()
+        server.wait()
+        server.stderr.close()
