@@ -127,7 +127,8 @@ def run(settings: LaunchSettings, ray_folder: Path, stop: Stop, started: float) 
             _temp_dir=str(ray_folder),
         )
         serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": settings.port})
-        serve.run(app(for_this_machine(settings.config)), name="controlnet", route_prefix="/")
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        serve.run(app(for_this_machine(settings.config, gpus)), name="controlnet", route_prefix="/")
         print(banner(settings, key, time.monotonic() - started), flush=True)
         stop.wait()
     finally:
@@ -162,11 +163,12 @@ def ray_authentication(token_file: Path) -> dict[str, str]:
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_file)}
 
 
-def for_this_machine(config: AppConfig) -> AppConfig:
+def for_this_machine(config: AppConfig, gpus: int) -> AppConfig:
     """The configuration of a server that runs as long as its terminal.
 
-    The engine gets all cores but one, unless the configuration says how many threads it takes. Ctrl-C does not wait
-    for long jobs: the next start on the same data runs them again, once their leases have run out.
+    The engine gets all cores but one, unless the configuration says how many threads it takes, and where nothing is
+    said of GPUs and there are enough, each of its replicas gets one. Ctrl-C does not wait for long jobs: the next start
+    on the same data runs them again, once their leases have run out.
     """
     spare = max(1, (os.cpu_count() or 2) - 1)
     default = ReplicaConfig().threads
@@ -174,8 +176,15 @@ def for_this_machine(config: AppConfig) -> AppConfig:
     def quick(replica: R) -> R:
         return replica.model_copy(update={"graceful_shutdown_timeout_s": SHUTDOWN_S})
 
+    unsaid = not any(own.num_gpus or own.device != "auto" or own.autoscaling_config for own in config.denoisers)
+    each = unsaid and sum(own.replicas for own in config.denoisers) <= gpus
     denoisers = tuple(
-        quick(own).model_copy(update={"threads": spare if own.threads == default else own.threads})
+        quick(own).model_copy(
+            update={
+                "threads": spare if own.threads == default else own.threads,
+                "num_gpus": 1 if each else own.num_gpus,
+            }
+        )
         for own in config.denoisers
     )
     return config.model_copy(

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple, Self
 
 from serve_app.annotators.weights import NETWORKS, WeightStore
 from serve_app.errors import (
-    ConfigError,
     ModelError,
     ModelLoadFailed,
     OutOfMemory,
@@ -71,7 +70,7 @@ class DetectorHost:
 
     def __init__(self, store: WeightStore, device: str = "auto", budget_bytes: int = 4 * 1024**3) -> None:
         self.store = store
-        self._device = device
+        self._device_name = device
         self._budget_bytes = budget_bytes
         self._lock = threading.Lock()
         self._slots: dict[str, _Slot] = {}
@@ -118,7 +117,7 @@ class DetectorHost:
     @property
     def device_type(self) -> str:
         """``cpu``, ``cuda`` ... Raises ConfigError: there is no such device here."""
-        return str(self._pick_device().type)
+        return str(self._device().type)
 
     def loaded(self) -> tuple[str, ...]:
         """Names of what is in memory, least recently used first."""
@@ -203,20 +202,12 @@ class DetectorHost:
                 f"The weights {weights.label} are damaged or not those that were published; "
                 f"run: controlnet-serve weights verify {row.weights}."
             ) from error
-        return value.to(self._pick_device()) if hasattr(value, "parameters") else value
+        return value.to(self._device()) if hasattr(value, "parameters") else value
 
-    def _pick_device(self) -> Any:
-        import torch
+    def _device(self) -> Any:
+        from serve_app.models.devices import pick_device
 
-        if self._device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            device = torch.device(self._device)
-        except RuntimeError as error:
-            raise ConfigError(f"device {self._device!r} is unknown; allowed: auto, cpu, cuda, cuda:0 ...") from error
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ConfigError(f"device {self._device!r} is configured, but torch sees no GPU")
-        return device
+        return pick_device(self._device_name)
 
     def _make_room(self, wanted_bytes: int = 0) -> None:
         """Drop networks that nobody uses, the least recently used first, until ``wanted_bytes`` more would fit."""

@@ -22,6 +22,7 @@ from serve_app.config import DenoiserConfig
 from serve_app.errors import ConfigError, RetryableError, WorkerBusy, one_of
 from serve_app.models.catalog import Catalog, ModelEntry, ModelType
 from serve_app.models.components import BaseComponents, NetComponents
+from serve_app.models.devices import pick_device
 from serve_app.models.loading import load_base, load_net
 
 logger = logging.getLogger(__name__)
@@ -227,23 +228,6 @@ def open_cache(config: DenoiserConfig, catalog: Catalog) -> ComponentCache:
     """
     device = pick_device(config.device)
     return ComponentCache(catalog, device, pick_dtype(config.dtype, device), config.model_memory_bytes)
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of ``DenoiserConfig.device``: ``auto`` is cuda where torch sees a GPU, else the CPU.
-
-    Raises:
-        ConfigError: torch knows no such device, or sees no GPU.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device {name!r} is unknown; allowed: auto, cpu, cuda, cuda:0 ...") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device {name!r} is configured, but torch sees no GPU")
-    return device
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -9,9 +9,10 @@ import torch
 from serve_app.config import ModelSource
 from serve_app.database import Database
 from serve_app.errors import ConfigError, ModelLoadFailed, RetryableError, UnknownModel, WorkerBusy
-from serve_app.models.cache import ComponentCache, pick_device, pick_dtype
+from serve_app.models.cache import ComponentCache, pick_dtype
 from serve_app.models.catalog import Catalog
 from serve_app.models.demo.build import build_tiny_net
+from serve_app.models.devices import pick_device
 from serve_app.models.publish import publish
 
 NETS = ("one", "two", "three")
