@@ -1,10 +1,7 @@
-"""One conformance suite over every row of ANNOTATORS, then what each annotator promises of its own."""
+"""What annotators without networks promise of their own; what all rows promise is in test_detectors.py."""
 
-import io
-import math
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import cv2
 import numpy as np
@@ -15,16 +12,15 @@ from diffusers.image_processor import VaeImageProcessor
 from numpy.typing import NDArray
 from PIL import Image
 
-from serve_app.annotators import ANNOTATORS, Param, Switch, annotate
-from serve_app.config import ImageLimits
+from serve_app.annotators import ANNOTATORS, Switch, annotate
 from serve_app.controls import CONTROL_TYPES
 from serve_app.errors import AnnotatorUnavailable, JobError
-from serve_app.images import decode_image, resize_image
+from serve_app.images import resize_image
 from serve_app.tasks import AnnotationTask, ControlMap, ImageArray, JsonScalar
 
 SIZES = [(512, 768), (768, 512), (64, 1024)]
 WEIGHTLESS = [name for name, row in CONTROL_TYPES.items() if not ANNOTATORS[row.annotator].networks]
-"""Control types whose default annotator needs no weights; the others are in test_detectors.py."""
+"""Control types whose default annotator needs no weights."""
 
 
 def photo(name: str = "astronaut", height: int = 333, width: int = 517) -> ImageArray:
@@ -51,15 +47,6 @@ def made(
     return annotate(task, image, hole() if mask is None else mask)[0]
 
 
-def check_form(control_map: ControlMap, width: int, height: int) -> None:
-    assert control_map.shape == (height, width, 3)
-    if control_map.dtype == np.float32:
-        kept = control_map[control_map != -1]
-        assert kept.size == 0 or (kept.min() >= 0 and kept.max() <= 1)
-    else:
-        assert control_map.dtype == np.uint8
-
-
 class TestTable:
     def test_both_tables_name_the_same_annotators(self) -> None:
         assert {name for row in CONTROL_TYPES.values() for name in row.annotators} == {*ANNOTATORS, "none"}
@@ -81,82 +68,6 @@ class TestTable:
                 continue
             assert param.minimum < param.maximum
             assert 0 < param.step <= param.maximum - param.minimum
-
-
-@pytest.mark.parametrize("control_type", WEIGHTLESS)
-class TestEveryRow:
-    @pytest.mark.parametrize(("width", "height"), [(128, 96), (64, 512), (256, 64)])
-    def test_the_map_has_the_outputs_size(self, control_type: str, width: int, height: int) -> None:
-        for image in (photo(), photo("chelsea", 64, 64), photo("coffee", 400, 3), photo("coffee", 1, 300)):
-            check_form(made(control_type, image, (width, height)), width, height)
-
-    def test_equal_input_gives_an_equal_map_and_is_left_alone(self, control_type: str) -> None:
-        image, mask = photo(), hole()
-        first = made(control_type, image, mask=mask)
-        assert np.array_equal(first, made(control_type, photo(), mask=hole()))
-        assert np.array_equal(image, photo())
-        assert np.array_equal(mask, hole())
-        assert not np.array_equal(first, made(control_type, photo("chelsea")))
-
-    def test_threads_do_not_disturb_each_other(self, control_type: str) -> None:
-        names = ["astronaut", "coffee", "chelsea"] * 4
-        alone = {name: made(control_type, photo(name), seed=len(name)) for name in set(names)}
-        with ThreadPoolExecutor(4) as pool:
-            together = list(pool.map(lambda name: made(control_type, photo(name), seed=len(name)), names))
-        for name, control_map in zip(names, together, strict=True):
-            assert np.array_equal(control_map, alone[name])
-
-    def test_the_global_random_generator_is_not_used(self, control_type: str) -> None:
-        before = np.random.get_state(legacy=False)  # noqa: NPY002  - the state that must not move
-        made(control_type, photo())
-        after = np.random.get_state(legacy=False)  # noqa: NPY002  - same
-        assert str(before) == str(after)
-
-    @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "I;16"])
-    def test_awkward_files_annotate_like_plain_ones(self, control_type: str, mode: str) -> None:
-        grey = Image.fromarray(photo("coffee", 96, 128)).convert("L")
-        awkward = {
-            "I;16": lambda: Image.fromarray(np.asarray(grey).astype(np.uint16) * 256),
-            "P": lambda: grey.quantize(256),
-        }
-        source = awkward.get(mode, lambda: grey.convert("RGB").convert(mode))()
-        buffer = io.BytesIO()
-        source.save(buffer, "JPEG" if mode == "CMYK" else "PNG", quality=95)
-        decoded = decode_image(buffer.getvalue(), ImageLimits())
-        control_map = made(control_type, decoded)
-        check_form(control_map, 128, 96)
-        if mode in {"LA", "RGBA", "I;16", "L"}:
-            assert np.array_equal(control_map, made(control_type, np.array(grey.convert("RGB"))))
-
-    def test_a_rotated_camera_picture_annotates_upright(self, control_type: str) -> None:
-        upright = photo("coffee", 96, 128)
-        exif = Image.Exif()
-        exif[0x0112] = 6  # stored turned left by a quarter
-        buffer = io.BytesIO()
-        Image.fromarray(np.ascontiguousarray(np.rot90(upright))).save(buffer, "PNG", exif=exif.tobytes())
-        decoded = decode_image(buffer.getvalue(), ImageLimits())
-        assert np.array_equal(made(control_type, decoded), made(control_type, upright))
-
-    def test_effective_parameters_are_echoed_and_bad_ones_refused(self, control_type: str) -> None:
-        name = CONTROL_TYPES[control_type].annotator
-        declared = [param for param in ANNOTATORS[name].params if isinstance(param, Param)]
-        task = AnnotationTask(control_type=control_type, width=64, height=64)
-        _, info = annotate(task, photo(), hole())
-        assert info.annotator == name
-        assert info.control_type == control_type
-        assert dict(info.params) == {param.name: param.default for param in declared}
-        bad: list[tuple[str, JsonScalar]] = [("no_such", 1)]
-        for param in declared:
-            most = param.maximum - bool(param.below)
-            given = {param.name: most} | ({param.below: param.maximum} if param.below else {})
-            _, info = annotate(task.model_copy(update={"params": given}), photo(), hole())
-            assert info.params[param.name] == most
-            bad += [(param.name, param.maximum - 0.5)] if param.whole else []
-            wrong: tuple[JsonScalar, ...] = (param.minimum - 1, param.maximum + 1, "1", True, None, math.nan, math.inf)
-            bad += [(param.name, value) for value in wrong]
-        for key, value in bad:
-            with pytest.raises(JobError, match=key):
-                annotate(task.model_copy(update={"params": {key: value}}), photo(), hole())
 
 
 class TestAlignment:

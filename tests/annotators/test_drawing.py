@@ -16,6 +16,7 @@ from serve_app.annotators.skeleton import Points, blank, draw_body, draw_face, d
 from serve_app.annotators.source import Annotator, Source
 from serve_app.tasks import ControlMap, ImageArray
 from support.detectors import Detectors, Planted, reference_library
+from support.people import PERSON, PlantedBody
 
 SIZES = [(96, 128), (333, 200)]
 
@@ -110,43 +111,6 @@ def test_a_hand_with_gaps_is_drawn_without_them() -> None:
     assert not canvas.any()
     draw_hand(canvas, [(0.5, 0.5), *[None] * 20])
     assert (canvas[32, 32] == (0, 0, 255)).all()
-
-
-class PlantedBody(torch.nn.Module):
-    """A body network that sees one person: peaks and limbs where the joints are, at an eighth of its input."""
-
-    def __init__(self, joints: Points) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.joints = joints
-
-    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        height, width = pixels.shape[2] // 8, pixels.shape[3] // 8
-        heat, fields = torch.zeros(1, 19, height, width), torch.zeros(1, 38, height, width)
-        rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-        places = [None if joint is None else (joint[0] * width - 0.5, joint[1] * height - 0.5) for joint in self.joints]
-        for index, place in enumerate(places):
-            if place is not None:
-                heat[0, index] = torch.exp(-((columns - place[0]) ** 2 + (rows - place[1]) ** 2) / 2)
-        for (first, second), (across, down) in zip(LIMBS, FIELDS, strict=True):
-            start, end = places[first - 1], places[second - 1]
-            if start is not None and end is not None:
-                length = max(1e-6, float(np.hypot(end[0] - start[0], end[1] - start[1])))
-                fields[0, across - 19] = (end[0] - start[0]) / length
-                fields[0, down - 19] = (end[1] - start[1]) / length
-        return fields, heat
-
-
-# Limbs and their channels as in OpenPose's model; joints count from 1, channels from 19.
-LIMBS = [(2, 3), (2, 6), (3, 4), (4, 5), (6, 7), (7, 8), (2, 9), (9, 10), (10, 11), (2, 12), (12, 13), (13, 14)]
-LIMBS += [(2, 1), (1, 15), (15, 17), (1, 16), (16, 18), (3, 17), (6, 18)]
-FIELDS = [(31, 32), (39, 40), (33, 34), (35, 36), (41, 42), (43, 44), (19, 20), (21, 22), (23, 24), (25, 26)]
-FIELDS += [(27, 28), (29, 30), (47, 48), (49, 50), (53, 54), (51, 52), (55, 56), (37, 38), (45, 46)]
-PERSON: Points = [
-    *((0.5, 0.2), (0.5, 0.35), (0.38, 0.35), (0.3, 0.5), (0.26, 0.65), (0.62, 0.35), (0.7, 0.5), (0.74, 0.65)),
-    *((0.42, 0.62), (0.4, 0.78), (0.4, 0.92), (0.58, 0.62), (0.6, 0.78), (0.6, 0.92)),
-    *((0.46, 0.16), (0.54, 0.16), (0.42, 0.19), (0.58, 0.19)),
-]
 
 
 @pytest.mark.parametrize(("width", "height"), [(256, 256), (512, 256), (448, 96)])

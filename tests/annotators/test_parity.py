@@ -1,7 +1,6 @@
 """The detectors against the libraries they come from, with the same random weights, at sizes those take as they are."""
 
-import sys
-import warnings
+from collections.abc import Iterator
 from types import ModuleType
 
 import numpy as np
@@ -14,21 +13,15 @@ from serve_app.annotators.depth import midas_depth, zoe_metres
 from serve_app.annotators.lineart import segments
 from serve_app.images import resize_image
 from serve_app.tasks import ImageArray
-from support.detectors import Detectors
+from support.detectors import Detectors, reference_library
 
 PHOTO: ImageArray = resize_image(skimage.data.astronaut(), 128, 128)
 
 
 @pytest.fixture(scope="module")
-def library() -> ModuleType:
-    """controlnet_aux itself, which works here because no mediapipe is installed."""
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        patch.setitem(sys.modules, "mediapipe", None)
-        warnings.simplefilter("ignore")
-        import controlnet_aux
-
-    package: ModuleType = controlnet_aux
-    return package
+def library() -> Iterator[ModuleType]:
+    with reference_library() as package:
+        yield package
 
 
 @pytest.mark.parametrize("scribble", [False, True])

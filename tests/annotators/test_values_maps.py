@@ -221,13 +221,12 @@ class TestStraightLines:
     def test_both_axes_have_their_own_scale(self) -> None:
         drawn = made(lineart.mlsd, "mlsd", self.answer((4, 8, 100, 60, 0.9)), (333, 200), 64)
         expected = np.zeros((200, 333), np.uint8)
-        ends = [(x * 333 // 107, y * 200 // 64) for x, y in ((4, 8), (100, 60))]  # the network looks at 107 x 64
-        cv2.line(expected, *ends, 255, 1)
+        start, end = ((x * 333 // 107, y * 200 // 64) for x, y in ((4, 8), (100, 60)))  # it looks at 107 x 64
+        cv2.line(expected, start, end, 255, 1)
         assert np.array_equal(drawn[:, :, 0], expected)
 
     def test_faint_and_short_ones_are_left_out(self) -> None:
         answer = self.answer((10, 8, 80, 8, 0.9), (10, 30, 80, 30, 0.3), (10, 50, 22, 50, 0.9))
         for value, distance, rows in ((0.1, 0.1, [8, 30, 50]), (0.5, 0.1, [8, 50]), (0.1, 10, [8, 30])):
-            limits = {"value_threshold": value, "distance_threshold": distance}
-            drawn = made(lineart.mlsd, "mlsd", answer, (96, 64), **limits)
+            drawn = made(lineart.mlsd, "mlsd", answer, (96, 64), 0, value_threshold=value, distance_threshold=distance)
             assert np.flatnonzero(drawn.any(axis=(1, 2))).tolist() == rows

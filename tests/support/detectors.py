@@ -30,6 +30,7 @@ from serve_app.annotators.isolation import part
 from serve_app.annotators.weights import NETWORKS, WEIGHTS, Weights, WeightStore
 from serve_app.controls import CONTROL_TYPES
 from serve_app.tasks import AnnotationInfo, AnnotationTask, ControlMap, ImageArray, JsonScalar
+from support.people import see_people
 
 Build = Callable[[], nn.Module]
 NOTHING: Mapping[str, Build] = MappingProxyType({})
@@ -59,11 +60,13 @@ def published_state(name: str, build: Build | None = None) -> dict[str, Tensor]:
         network: nn.Module = (build or PICKLES[name])()
     wanted: dict[str, Tensor] = network.state_dict()
     block = _block(len(name))
-    scale = 0.1 if name.startswith("openpose") else 1  # so that nobody is found, instead of thousands
+    scale = 0.1 if name.startswith("openpose") else 1  # so that few points are found, instead of thousands
     state = {}
     for index, (key, tensor) in enumerate(wanted.items()):
         plain = key.partition(".")[2] if name in _LAYERS_ONLY else key
-        state[WEIGHTS[name].prefix + plain] = _random(key, tensor, block[97 * index % 4096 :] * scale)
+        state[WEIGHTS[name].prefix + plain] = _random(key, tensor, block[97 * index % 4096 :] * scale).clone()
+    if name == "openpose_body":
+        see_people(state)
     return state
 
 
@@ -128,14 +131,19 @@ class Detectors:
         self.host = DetectorHost(self.store, "cpu", budget_bytes)
 
     def annotate(
-        self, name: str, image: ImageArray, size: tuple[int, int] = (96, 64), **params: JsonScalar
+        self,
+        name: str,
+        image: ImageArray,
+        size: tuple[int, int] = (96, 64),
+        mask: ImageArray | None = None,
+        **params: JsonScalar,
     ) -> tuple[ControlMap, AnnotationInfo]:
-        """The map of one annotator at ``size``, width and height."""
-        for network in ANNOTATORS[name].networks:
+        """The map of one annotator, or of ``none``, at ``size``, width and height."""
+        for network in ANNOTATORS[name].networks if name != "none" else ():
             self.need(NETWORKS[network].weights)
         kind = next(kind for kind, row in CONTROL_TYPES.items() if name in row.annotators)
         task = AnnotationTask(control_type=kind, annotator=name, width=size[0], height=size[1], params=params)
-        return annotate(task, image, None, self.host)
+        return annotate(task, image, mask, self.host)
 
     def need(self, weights: str) -> None:
         if weights not in self._made:
