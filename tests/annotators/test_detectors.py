@@ -6,19 +6,22 @@ What the maps show is compared with other libraries in test_values_*.py, test_pa
 import io
 import math
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import skimage.data
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
-from serve_app.annotators import ANNOTATORS, Param, Switch
+from serve_app.annotators import ANNOTATORS, Param, Switch, networks
 from serve_app.config import ImageLimits
 from serve_app.errors import JobError
 from serve_app.images import decode_image, resize_image
 from serve_app.tasks import AnnotationInfo, ControlMap, ImageArray, JsonScalar
-from support.detectors import Detectors
+from support.detectors import Detectors, published_state
 
 POSES = [name for name in ANNOTATORS if name.startswith("openpose")]
 LARGE = POSES[1:]
@@ -140,7 +143,7 @@ class TestEveryRow:
                 small, large = (run(detectors, name, photo(), resolution=value)[0] for value in (64, 100))
                 assert not np.array_equal(small, large)
                 continue
-            size = (192, 128) if param.name == "resolution" else None
+            size = (144, 96) if param.name == "resolution" else None
             default = run(detectors, name, photo(), size)[0]
             for value in _others(param):
                 control_map, info = run(detectors, name, photo(), size, **{param.name: value})
@@ -158,6 +161,16 @@ def test_the_smallest_resolution_is_enough_for_a_strip(detectors: Detectors, nam
     for resolution in (1, 63, 1025):
         with pytest.raises(JobError, match="0 or from 64 to 1024"):
             detectors.annotate(name, photo(), (1024, 64), resolution=resolution)
+
+
+def test_weights_of_half_precision_become_float32(tmp_path: Path) -> None:
+    halves = {key: tensor.half() for key, tensor in published_state("lineart").items()}
+    save_file(halves, tmp_path / "half.safetensors")
+    loaded = networks.lineart(tmp_path / "half.safetensors").state_dict()
+    assert loaded.keys() == halves.keys()
+    assert all(
+        tensor.dtype == torch.float32 and torch.equal(tensor, halves[key].float()) for key, tensor in loaded.items()
+    )
 
 
 def _others(param: Param | Switch) -> tuple[float, ...]:

@@ -60,14 +60,14 @@ class TestSkeleton:
         assert ours.any()
 
     def test_hands(self, openpose: ModuleType, height: int, width: int, seed: int) -> None:
-        hand = [*points(20, seed), (-1 / width, -1 / height)]
+        hand = [*points(18, seed), (0.5 / width, 0.4), (0.4, 0.5 / height), (-1 / width, -1 / height)]
         ours = blank(height, width)
         draw_hand(ours, hand)
         assert np.array_equal(ours, openpose.util.draw_handpose(blank(height, width), keypoints(openpose, hand)))
         assert ours.any()
 
     def test_faces(self, openpose: ModuleType, height: int, width: int, seed: int) -> None:
-        face = points(70, seed)
+        face = [*points(70, seed), (0.5 / width, 0.5)]
         ours = blank(height, width)
         draw_face(ours, face)
         assert np.array_equal(ours, openpose.util.draw_facepose(blank(height, width), keypoints(openpose, face)))

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -22,6 +23,7 @@ import os, sys
 before = dict(os.environ)
 import numpy as np
 from pathlib import Path
+from types import ModuleType
 from serve_app.annotators import ANNOTATORS, Missing, annotate, readiness
 from serve_app.annotators.weights import WeightStore
 from serve_app.annotators import isolation
@@ -49,9 +51,10 @@ def test_a_process_lists_what_is_missing_and_serves_the_rest(mediapipe: str, tmp
         (tmp_path / "mediapipe").mkdir()
         (tmp_path / "mediapipe" / "__init__.py").write_text(source)
     arguments = ["--parts", "--unknown"] if mediapipe == "new" else ["--unknown"]
+    environment = {key: value for key, value in os.environ.items() if key != "KMP_DUPLICATE_LIB_OK"}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, *arguments],
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        env={**environment, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
         check=False,
@@ -73,3 +76,11 @@ def test_many_threads_get_the_same_modules() -> None:
         networks = list(pool.map(lambda _: efficientnet(), range(4)))
     assert all(module is part(name) for module, name in zip(modules, names, strict=True))
     assert len(set(map(id, networks))) == 1
+
+
+def test_who_has_another_geffnet_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = ModuleType("geffnet")
+    monkeypatch.setitem(sys.modules, "geffnet", others)
+    monkeypatch.delitem(sys.modules, "controlnet_aux_parts.geffnet", raising=False)
+    assert efficientnet() is not others
+    assert sys.modules["geffnet"] is others

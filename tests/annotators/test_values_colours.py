@@ -121,7 +121,7 @@ def face(seed: int, left: float, top: float, width: float, height: float) -> Lan
     return [(float(left + x * width), float(top + y * height)) for x, y in points]
 
 
-FACES = [face(0, 0.0, 0.1, 0.5, 0.6), face(1, 0.3, 0.0, 0.69, 0.9), face(2, -0.1, 0.4, 1.3, 0.8)]
+FACES = [face(0, 0.0, 0.1, 0.5, 0.6), face(1, 0.25, 0.0, 0.75, 1.0), face(2, -0.1, 0.4, 1.3, 0.8)]
 FACES.append(face(3, 0.5, 0.5, 0.45, 0.4))
 
 
@@ -151,10 +151,11 @@ class TestFaces:
     def test_their_size_is_judged_where_they_are_looked_for_and_they_are_drawn_at_the_outputs(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Half a picture of 160 is 80 pixels at its own size and 50 at a resolution of 100."""
+        """Half a picture of 160 is 80 pixels at its own size and 50 at a resolution of 100, across and down."""
         image = np.zeros((160, 160, 3), np.uint8)
-        found = [[], face(5, 0.2, 0.2, 0.5, 0.5)]
-        assert not self.drawn(monkeypatch, found, image, resolution=100).any()
+        for size in ((0.5, 0.75), (0.75, 0.5)):
+            assert not self.drawn(monkeypatch, [[], face(5, 0.2, 0.2, *size)], image, resolution=100).any()
+        found = [[], face(5, 0.2, 0.2, 0.5, 0.75)]
         at_own_size = self.drawn(monkeypatch, found, image)
         assert at_own_size.any()
         assert np.array_equal(self.drawn(monkeypatch, found, image, resolution=140), at_own_size)
@@ -206,14 +207,14 @@ class TestFaces:
     @pytest.mark.parametrize("x", [0.0, 0.005, 0.25, 0.995, 1.0])
     def test_irises_are_squares_within_the_picture(self, x: float) -> None:
         landmarks = [(-1.0, -1.0)] * 478
-        landmarks[468], landmarks[473] = (x, 0.25), (x, 0.75)
+        landmarks[468], landmarks[473] = (x, 0.01), (x, 0.75)
         canvas = blank(100, 100)
         draw_contours(canvas, landmarks)
         column = int(x * 100)
         columns = slice(max(0, column - 2), column + 2)
-        for row, colour in ((25, (250, 200, 10)), (75, (10, 200, 250))):
+        for row, colour in ((1, (250, 200, 10)), (75, (10, 200, 250))):
             square = np.zeros((100, 100), bool)
-            square[row - 2 : row + 2, columns] = x < 1
+            square[max(0, row - 2) : row + 2, columns] = x < 1
             assert np.array_equal((canvas == colour).all(axis=2), square)
 
 

@@ -103,6 +103,22 @@ def test_openpose_sees_blue_first_at_half_of_its_box() -> None:
     assert np.abs(seen[0].numpy() - expected).max() <= 0.51 / 256
 
 
+def test_a_strip_is_continued_in_grey_for_openpose() -> None:
+    """To a quarter of its width, below; grey is 0 in the network's range."""
+    network = Looking()
+    strip = PHOTO[:64]
+    seen = network.shown(lambda: pose.body(Source(strip, None, 0, PARAMS, {"openpose_body": network})))
+    assert seen.shape == (1, 3, 184, 736)  # of 512 x 128
+    assert (seen[:, :, 96:].abs() <= 1 / 256).all()  # resizing rings
+    assert (seen[:, :, :88] != 0).float().mean() > 0.9
+
+
+def test_who_sees_the_whole_picture_sees_it_at_the_nearest_multiple() -> None:
+    network = Looking(patch_size=14)
+    source = Source(resize_image(PHOTO, 517, 333), None, 0, PARAMS, {"depth_anything_v2": network})
+    assert network.shown(lambda: depth.depth_anything(source)).shape == (1, 3, 336, 518)
+
+
 @pytest.mark.parametrize(("size", "multiple"), [((130, 70), 32), ((67, 33), 8)])
 def test_what_is_continued_is_mirrored(size: tuple[int, int], multiple: int) -> None:
     """Beyond the right and the lower border, so that no edge is made there."""

@@ -95,6 +95,16 @@ class TestDepth:
         assert not near or (ours[0, : 512 * int(near) // 100 - 2] == 255).all()
         assert not background or (ours[0, 514 - 512 * int(background) // 100 :] == 0).all()
 
+    def test_one_depth_everywhere_is_one_level(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Nothing is divided by nothing; LeReS, inverted after it is stretched, is white as in the library."""
+        flat = lambda pixels: pixels[:, :1] * 0 + 3  # noqa: E731
+        monkeypatch.setattr(depth, "zoe_metres", lambda _, pixels: flat(pixels))
+        with np.errstate(all="raise"):
+            anything = lambda pixels: SimpleNamespace(predicted_depth=flat(pixels)[0])  # noqa: E731
+            assert (made(depth.depth_anything, "depth_anything_v2", anything, (64, 64)) == 0).all()
+            assert (made(depth.zoe, "zoe", flat, (64, 64)) == 0).all()
+            assert (made(depth.leres, "leres", flat, (64, 64)) == 255).all()
+
     def test_normals_keep_their_axes(self) -> None:
         """x to red, y to green, z to blue; -1 to 0 and 1 to 255, what is beyond is cut."""
         normal = torch.tensor([-1.0, 0.2, 2.0, 5.0]).view(1, 4, 1, 1)
