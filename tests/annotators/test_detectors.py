@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from serve_app.annotators import ANNOTATORS, Param, Switch, networks
 from serve_app.config import ImageLimits
-from serve_app.errors import JobError
+from serve_app.errors import JobError, ModelLoadFailed
 from serve_app.images import decode_image, resize_image
 from serve_app.tasks import AnnotationInfo, ControlMap, ImageArray, JsonScalar
 from support.detectors import Detectors, published_state
@@ -171,6 +171,20 @@ def test_weights_of_half_precision_become_float32(tmp_path: Path) -> None:
     assert all(
         tensor.dtype == torch.float32 and torch.equal(tensor, halves[key].float()) for key, tensor in loaded.items()
     )
+
+
+def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
+    state, path = published_state("lineart"), tmp_path / "changed.safetensors"
+    first = next(iter(state))
+    save_file({**state, "another.weight": torch.zeros(1)}, path)
+    with pytest.raises(ModelLoadFailed, match=r"0 of \d+ are missing, 1 left over: another.weight"):
+        networks.lineart(path)
+    save_file({key: tensor for key, tensor in state.items() if key != first}, path)
+    with pytest.raises(ModelLoadFailed, match=rf"1 of \d+ are missing, 0 left over: {first}"):
+        networks.lineart(path)
+    save_file({**state, first: state[first][:1].clone()}, path)
+    with pytest.raises(ModelLoadFailed, match="size mismatch"):
+        networks.lineart(path)
 
 
 def _others(param: Param | Switch) -> tuple[float, ...]:
