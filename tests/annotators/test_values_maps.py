@@ -97,7 +97,10 @@ class TestDepth:
 
     def test_one_depth_everywhere_is_one_level(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Nothing is divided by nothing; LeReS, inverted after it is stretched, is white as in the library."""
-        flat = lambda pixels: pixels[:, :1] * 0 + 3  # noqa: E731
+
+        def flat(pixels: Tensor) -> Tensor:
+            return pixels[:, :1] * 0 + 3
+
         monkeypatch.setattr(depth, "zoe_metres", lambda _, pixels: flat(pixels))
         with np.errstate(all="raise"):
             anything = lambda pixels: SimpleNamespace(predicted_depth=flat(pixels)[0])  # noqa: E731
