@@ -32,13 +32,16 @@ class ControlType:
 
 
 _SD15 = "lllyasviel/control_"
+_SD21 = "thibaud/controlnet-sd21-"
+_SDXL_UNION = "xinsir/controlnet-union-sdxl-1.0"
+_SDXL_PROMAX = f"{_SDXL_UNION} (its promax version)"
 
 CONTROL_TYPES: Mapping[str, ControlType] = {
     "canny": ControlType(
         "canny",
         {
             "sd15": _SD15 + "v11p_sd15_canny",
-            "sd21": "thibaud/controlnet-sd21-canny-diffusers",
+            "sd21": _SD21 + "canny-diffusers",
             "sdxl": "xinsir/controlnet-canny-sdxl-1.0",
         },
         choices=("invert",),
@@ -49,20 +52,28 @@ CONTROL_TYPES: Mapping[str, ControlType] = {
         "depth_anything_v2",
         {
             "sd15": _SD15 + "v11f1p_sd15_depth",
-            "sd21": "thibaud/controlnet-sd21-depth-diffusers",
+            "sd21": _SD21 + "depth-diffusers",
             "sdxl": "xinsir/controlnet-depth-sdxl-1.0",
         },
         choices=("midas", "zoe", "leres"),
         union=1,
     ),
-    "hed": ControlType("hed", {"sd15": _SD15 + "v11p_sd15_softedge"}, union=2),
-    "mlsd": ControlType("mlsd", {"sd15": _SD15 + "v11p_sd15_mlsd"}, lines=True, union=3),
-    "normal": ControlType("normal_bae", {"sd15": _SD15 + "v11p_sd15_normalbae"}, union=4),
+    "hed": ControlType(
+        "hed",
+        {"sd15": _SD15 + "v11p_sd15_softedge", "sd21": _SD21 + "hed-diffusers", "sdxl": _SDXL_UNION},
+        union=2,
+    ),
+    "mlsd": ControlType("mlsd", {"sd15": _SD15 + "v11p_sd15_mlsd", "sdxl": _SDXL_UNION}, lines=True, union=3),
+    "normal": ControlType(
+        "normal_bae",
+        {"sd15": _SD15 + "v11p_sd15_normalbae", "sd21": _SD21 + "normalbae-diffusers", "sdxl": _SDXL_UNION},
+        union=4,
+    ),
     "openpose": ControlType(
         "openpose_body",
         {
             "sd15": _SD15 + "v11p_sd15_openpose",
-            "sd21": "thibaud/controlnet-sd21-openposev2-diffusers",
+            "sd21": _SD21 + "openposev2-diffusers",
             "sdxl": "xinsir/controlnet-openpose-sdxl-1.0",
         },
         choices=("openpose_hand", "openpose_face", "openpose_full"),
@@ -71,23 +82,34 @@ CONTROL_TYPES: Mapping[str, ControlType] = {
     ),
     "scribble": ControlType(
         "xdog",
-        {"sd15": _SD15 + "v11p_sd15_scribble", "sdxl": "xinsir/controlnet-scribble-sdxl-1.0"},
+        {
+            "sd15": _SD15 + "v11p_sd15_scribble",
+            "sd21": _SD21 + "scribble-diffusers",
+            "sdxl": "xinsir/controlnet-scribble-sdxl-1.0",
+        },
         choices=("scribble_pidinet", "scribble_hed", "invert"),
         lines=True,
         union=2,
     ),
     "segmentation": ControlType(
         "upernet",
-        {"sd15": _SD15 + "v11p_sd15_seg"},
+        {"sd15": _SD15 + "v11p_sd15_seg", "sd21": _SD21 + "ade20k-diffusers", "sdxl": _SDXL_UNION},
         lines=True,
         union=5,
     ),
     "aesthetic-controlnet": ControlType("canny", {"sd21": "krea/aesthetic-controlnet"}, lines=True),
-    "inpaint": ControlType("inpaint", {"sd15": _SD15 + "v11p_sd15_inpaint"}, needs_mask=True, union=7),
-    "softedge": ControlType("pidinet", {"sd15": _SD15 + "v11p_sd15_softedge"}, choices=("hed",), union=2),
+    "inpaint": ControlType(
+        "inpaint", {"sd15": _SD15 + "v11p_sd15_inpaint", "sdxl": _SDXL_PROMAX}, needs_mask=True, union=7
+    ),
+    "softedge": ControlType(
+        "pidinet",
+        {"sd15": _SD15 + "v11p_sd15_softedge", "sd21": _SD21 + "hed-diffusers", "sdxl": _SDXL_UNION},
+        choices=("hed",),
+        union=2,
+    ),
     "lineart": ControlType(
         "lineart_standard",
-        {"sd15": _SD15 + "v11p_sd15_lineart"},
+        {"sd15": _SD15 + "v11p_sd15_lineart", "sdxl": _SDXL_UNION},
         choices=("lineart_realistic", "lineart_coarse", "lineart_anime", "invert"),
         lines=True,
         union=3,
@@ -96,10 +118,21 @@ CONTROL_TYPES: Mapping[str, ControlType] = {
     "tile": ControlType(
         "tile", {"sd15": _SD15 + "v11f1e_sd15_tile", "sdxl": "xinsir/controlnet-tile-sdxl-1.0"}, union=6
     ),
-    "face_detector": ControlType("mediapipe_face", {"sd15": "CrucibleAI/ControlNetMediaPipeFace"}, lines=True),
+    "face_detector": ControlType(
+        "mediapipe_face",
+        {
+            "sd15": "CrucibleAI/ControlNetMediaPipeFace (subfolder diffusion_sd15)",
+            "sd21": "CrucibleAI/ControlNetMediaPipeFace",
+        },
+        lines=True,
+    ),
     "qrcode": ControlType("tile", {"sd15": "monster-labs/control_v1p_sd15_qrcode_monster"}, lines=True),
     "lineart_anime": ControlType(
-        "lineart_anime", {"sd15": _SD15 + "v11p_sd15s2_lineart_anime"}, choices=("invert",), lines=True, union=3
+        "lineart_anime",
+        {"sd15": _SD15 + "v11p_sd15s2_lineart_anime", "sdxl": _SDXL_UNION},
+        choices=("invert",),
+        lines=True,
+        union=3,
     ),
 }
 

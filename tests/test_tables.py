@@ -35,6 +35,95 @@ def test_control_types(name: str) -> None:
     assert all(choice in str(annotator_problem(name, "nonsense")) for choice in row.annotators)
 
 
+SD15 = "lllyasviel/control_"
+SD21 = "thibaud/controlnet-sd21-"
+XINSIR = "xinsir/controlnet-"
+UNION_NET = "xinsir/controlnet-union-sdxl-1.0"
+
+CONTROLS: dict[str, tuple[str, bool, int | None, dict[str, str]]] = {
+    "canny": ("canny", True, 3, {
+        "sd15": SD15 + "v11p_sd15_canny", "sd21": SD21 + "canny-diffusers", "sdxl": XINSIR + "canny-sdxl-1.0"}),
+    "depth": ("depth_anything_v2", False, 1, {
+        "sd15": SD15 + "v11f1p_sd15_depth", "sd21": SD21 + "depth-diffusers", "sdxl": XINSIR + "depth-sdxl-1.0"}),
+    "hed": ("hed", False, 2, {
+        "sd15": SD15 + "v11p_sd15_softedge", "sd21": SD21 + "hed-diffusers", "sdxl": UNION_NET}),
+    "mlsd": ("mlsd", True, 3, {"sd15": SD15 + "v11p_sd15_mlsd", "sdxl": UNION_NET}),
+    "normal": ("normal_bae", False, 4, {
+        "sd15": SD15 + "v11p_sd15_normalbae", "sd21": SD21 + "normalbae-diffusers", "sdxl": UNION_NET}),
+    "openpose": ("openpose_body", True, 0, {
+        "sd15": SD15 + "v11p_sd15_openpose", "sd21": SD21 + "openposev2-diffusers",
+        "sdxl": XINSIR + "openpose-sdxl-1.0"}),
+    "scribble": ("xdog", True, 2, {
+        "sd15": SD15 + "v11p_sd15_scribble", "sd21": SD21 + "scribble-diffusers",
+        "sdxl": XINSIR + "scribble-sdxl-1.0"}),
+    "segmentation": ("upernet", True, 5, {
+        "sd15": SD15 + "v11p_sd15_seg", "sd21": SD21 + "ade20k-diffusers", "sdxl": UNION_NET}),
+    "aesthetic-controlnet": ("canny", True, None, {"sd21": "krea/aesthetic-controlnet"}),
+    "inpaint": ("inpaint", False, 7, {
+        "sd15": SD15 + "v11p_sd15_inpaint", "sdxl": UNION_NET + " (its promax version)"}),
+    "softedge": ("pidinet", False, 2, {
+        "sd15": SD15 + "v11p_sd15_softedge", "sd21": SD21 + "hed-diffusers", "sdxl": UNION_NET}),
+    "lineart": ("lineart_standard", True, 3, {"sd15": SD15 + "v11p_sd15_lineart", "sdxl": UNION_NET}),
+    "shuffle": ("shuffle", False, None, {"sd15": SD15 + "v11e_sd15_shuffle"}),
+    "tile": ("tile", False, 6, {"sd15": SD15 + "v11f1e_sd15_tile", "sdxl": XINSIR + "tile-sdxl-1.0"}),
+    "face_detector": ("mediapipe_face", True, None, {
+        "sd15": "CrucibleAI/ControlNetMediaPipeFace (subfolder diffusion_sd15)",
+        "sd21": "CrucibleAI/ControlNetMediaPipeFace"}),
+    "qrcode": ("tile", True, None, {"sd15": "monster-labs/control_v1p_sd15_qrcode_monster"}),
+    "lineart_anime": ("lineart_anime", True, 3, {"sd15": SD15 + "v11p_sd15s2_lineart_anime", "sdxl": UNION_NET}),
+}  # fmt: skip
+"""Default annotator; whether maps hold lines; index in the union net; usual nets. From the nets' model cards.
+The union lists 0 openpose, 1 depth, 2 hed/pidi/scribble/ted, 3 canny/lineart/anime_lineart/mlsd, 4 normal, 5 segment; and
+of its promax version: 6 tile, 7 repaint."""
+
+DEFAULTS: dict[str, dict[str, float]] = {
+    "canny": {"low_threshold": 100, "high_threshold": 200},  # the ControlNet model cards
+    "xdog": {"threshold": 32},  # sd-webui-controlnet's scribble_xdog
+    "lineart_standard": {"sigma": 6.0, "threshold": 8},
+    "invert": {},
+    "shuffle": {"scale": 256},
+    "tile": {},
+    "inpaint": {},
+    "depth_anything_v2": {"resolution": 0},
+    "midas": {"resolution": 0},
+    "zoe": {"resolution": 0},
+    "leres": {"remove_near": 0, "remove_background": 0, "resolution": 0},
+    "normal_bae": {"resolution": 0},
+    "hed": {"safe": False, "resolution": 0},
+    "pidinet": {"safe": False, "resolution": 0},
+    "scribble_hed": {"safe": False, "resolution": 0},
+    "scribble_pidinet": {"safe": False, "resolution": 0},
+    "lineart_realistic": {"resolution": 0},
+    "lineart_coarse": {"resolution": 0},
+    "lineart_anime": {"resolution": 0},
+    "mlsd": {"value_threshold": 0.1, "distance_threshold": 0.1, "resolution": 0},
+    "openpose_body": {"resolution": 512},
+    "openpose_hand": {"resolution": 512},
+    "openpose_face": {"resolution": 512},
+    "openpose_full": {"resolution": 512},
+    "upernet": {"resolution": 0},
+    "mediapipe_face": {"max_faces": 1, "min_confidence": 0.5, "resolution": 0},
+}
+"""Where no other source is named: the detectors of controlnet-aux 0.0.10, save the resolution 0, which is the output's
+own. OpenPose's 512 is the detect_resolution there."""
+
+
+def test_control_types_are_what_their_nets_were_trained_with() -> None:
+    found = {name: (row.annotator, row.lines, row.union, dict(row.nets)) for name, row in CONTROL_TYPES.items()}
+    assert found == CONTROLS
+    assert [name for name, row in CONTROL_TYPES.items() if row.needs_mask] == ["inpaint"]
+
+
+def test_annotators_default_to_what_nets_were_trained_with() -> None:
+    assert {name: row.read({}) for name, row in ANNOTATORS.items()} == DEFAULTS
+    assert [name for name, row in ANNOTATORS.items() if row.pixelwise] == ["invert", "tile"]
+
+
+def test_no_parameter_is_named_like_a_control_type() -> None:
+    """``annotator_params`` holds both under one roof."""
+    assert not {param.name for row in ANNOTATORS.values() for param in row.params} & set(CONTROL_TYPES)
+
+
 @pytest.mark.parametrize("name", ANNOTATORS)
 def test_annotators_can_be_imported_and_say_what_their_parameters_mean(name: str) -> None:
     row = ANNOTATORS[name]

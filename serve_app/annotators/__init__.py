@@ -63,7 +63,7 @@ def annotate(
         RetryableError: the device of the networks is full or broke.
     """
     name = chosen_annotator(task.control_type, task.annotator, task.auto_hint)
-    lines = name is None and CONTROL_TYPES[task.control_type].lines
+    lines = keeps_lines(task.control_type, task.annotator, task.auto_hint)
     image = resize_map(image, task.width, task.height, lines=lines)
     if name is None:
         return image, AnnotationInfo(control_type=task.control_type, annotator="none", empty=_empty(image))
@@ -105,9 +105,14 @@ def _leased(row: AnnotatorRow, networks: Networks | None) -> AbstractContextMana
     return networks.lease(row.networks)
 
 
-def keeps_lines(control_type: str, auto_hint: bool) -> bool:
-    """How ``annotate`` resizes its picture: as a map of lines (True) or as a photo; for who wants it resized before."""
-    return CONTROL_TYPES[control_type].lines and chosen_annotator(control_type, None, auto_hint) is None
+def keeps_lines(control_type: str, annotator: str | None, auto_hint: bool) -> bool:
+    """How ``annotate`` resizes its picture: as a map of lines (True) or as a photo; for who wants it resized before.
+
+    Raises:
+        AnnotatorUnavailable: as ``chosen_annotator``.
+    """
+    name = chosen_annotator(control_type, annotator, auto_hint)
+    return CONTROL_TYPES[control_type].lines and (name is None or ANNOTATORS[name].pixelwise)
 
 
 def _empty(control_map: ControlMap) -> bool:

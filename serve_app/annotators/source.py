@@ -1,11 +1,12 @@
 """What an annotator gets, what it gives, and how it declares its parameters. No detector is imported here."""
 
-from collections.abc import Mapping, Sequence
+import reprlib
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from serve_app.errors import JobError, one_of
+from serve_app.errors import JobError
 from serve_app.tasks import ControlMap, ImageArray, JsonScalar
 
 
@@ -41,15 +42,15 @@ class Param:
         """An accepted number as its default is written, so that 50 and 50.0 are one value, for the cache too."""
         return int(number) if isinstance(self.default, int) and number == int(number) else number
 
-    def read(self, value: JsonScalar) -> float:
+    def read(self, value: object) -> float:
         """``value``, checked.
 
         Raises:
-            JobError: not a number, or not one that is accepted.
+            ValueError: not a number, or not one that is accepted; completes "The annotator parameter ...".
         """
         if isinstance(value, int | float) and not isinstance(value, bool) and self.accepts(value):
             return self.effective(value)
-        raise JobError(f"The annotator parameter {self.name} must be {self.expects}, got {value!r}.")
+        raise ValueError(f"must be {self.expects}, got {reprlib.repr(value)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +61,15 @@ class Switch:
     default: bool
     help: str
 
-    def read(self, value: JsonScalar) -> bool:
+    def read(self, value: object) -> bool:
         """``value``, checked.
 
         Raises:
-            JobError: neither true nor false.
+            ValueError: neither true nor false; completes "The annotator parameter ...".
         """
         if isinstance(value, bool):
             return value
-        raise JobError(f"The annotator parameter {self.name} must be true or false, got {value!r}.")
+        raise ValueError(f"must be yes or no, got {reprlib.repr(value)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +113,9 @@ class AnnotatorRow:
     params: tuple[Param | Switch, ...] = ()
     networks: tuple[str, ...] = ()
     """Names in ``serve_app.annotators.weights.NETWORKS``; none: no weights are needed."""
+    pixelwise: bool = False
+    """Each pixel of the map follows from the picture's own pixel there. So a drawing stays one, and where the control
+    type's maps hold lines, the picture is resized as such a map."""
 
     def read(self, given: Mapping[str, JsonScalar]) -> dict[str, float]:
         """The effective parameters.
@@ -119,23 +123,35 @@ class AnnotatorRow:
         Raises:
             JobError: an unknown name, a bad value, or two that contradict each other.
         """
-        names = tuple(param.name for param in self.params)
-        for name in given:
-            if name not in names:
-                raise JobError(one_of("annotator parameter", name, names or ("none",)))
-        values = {param.name: param.read(given.get(param.name, param.default)) for param in self.params}
-        for problem in self.contradictions(values):
-            raise JobError(f"{problem}.")
+        values, problems = self.check(given)
+        if problems:
+            raise JobError(" ".join(problems))
         return values
 
-    def contradictions(self, values: Mapping[str, JsonScalar]) -> list[str]:
-        """Which of these parameters, each good by itself, do not go together."""
-        found = []
+    def check(self, given: Mapping[str, object], annotator: str = "") -> tuple[dict[str, float], list[str]]:
+        """The effective parameters, without the bad ones, and what is wrong, in sentences that name ``annotator``."""
+        of = f" of {annotator}" if annotator else ""
+        names = [param.name for param in self.params]
+        problems = [unknown_parameter(name, annotator, names) for name in given if name not in names]
+        values: dict[str, float] = {}
+        for param in self.params:
+            try:
+                values[param.name] = param.read(given.get(param.name, param.default))
+            except ValueError as error:
+                problems.append(f"The annotator parameter {param.name}{of} {error}.")
         for param in self.params:
             if isinstance(param, Param) and param.below and {param.name, param.below} <= set(values):
                 value, bound = values[param.name], values[param.below]
-                if isinstance(value, int | float) and isinstance(bound, int | float) and value >= bound:
-                    found.append(
-                        f"The annotator parameter {param.name} must be below {param.below}, got {value:g} and {bound:g}"
+                if value >= bound:
+                    problems.append(
+                        f"The annotator parameter {param.name}{of} must be below {param.below}, got {value:g} and "
+                        f"{bound:g}."
                     )
-        return found
+        return values, problems
+
+
+def unknown_parameter(name: str, annotator: str, allowed: Collection[str]) -> str:
+    """The message for a parameter that ``annotator``, in words, does not have; "" leaves it out."""
+    of = f" of {annotator}" if annotator else ""
+    known = ", ".join(sorted(allowed)) or "none"
+    return f"The annotator parameter {reprlib.repr(name)}{of} is unknown. Allowed: {known}."

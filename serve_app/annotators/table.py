@@ -35,12 +35,12 @@ ANNOTATORS: Mapping[str, AnnotatorRow] = {
             Param("threshold", 8, 0, 64, 1, "Contrast below which a pixel is ground when the brightness is set"),
         ),
     ),
-    "invert": AnnotatorRow("serve_app.annotators.pictures:invert"),
+    "invert": AnnotatorRow("serve_app.annotators.pictures:invert", pixelwise=True),
     "shuffle": AnnotatorRow(
         "serve_app.annotators.pictures:shuffle",
         (Param("scale", 256, 16, 1024, 16, "Size of the folds in pixels", whole=True),),
     ),
-    "tile": AnnotatorRow("serve_app.annotators.pictures:tile"),
+    "tile": AnnotatorRow("serve_app.annotators.pictures:tile", pixelwise=True),
     "inpaint": AnnotatorRow("serve_app.annotators.pictures:inpaint"),
     "depth_anything_v2": AnnotatorRow(
         "serve_app.annotators.depth:depth_anything", (_resolution(),), ("depth_anything_v2",)

@@ -8,6 +8,7 @@ Knows nothing of any endpoint.
 import math
 import re
 import reprlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -30,6 +31,10 @@ from serve_app.errors import ValidationFailed
 MAX_NAME_CHARS = 256
 """Of a model id, a scheduler name and the like."""
 MAX_TRACK_ID_CHARS = 1024
+MAX_ITEMS = 1000
+"""Of one list in a request: the event loop reads them, and text of 20 MB holds millions."""
+MAX_MESSAGES = 20
+"""About one field in one answer."""
 
 _ABSENT_WORDS = frozenset({"", "null", "None"})
 _TRUE = frozenset({"yes", "true", "1", "on"})
@@ -59,7 +64,9 @@ def text_problem(value: str) -> str | None:
     """Why a string can't be stored and sent on: NUL and unpaired surrogates are valid JSON and nothing else."""
     if "\0" in value:
         return "must not hold NUL characters"
-    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+    try:
+        value.encode()
+    except UnicodeEncodeError:
         return "must not hold unpaired surrogates"
     return None
 
@@ -95,10 +102,18 @@ def read_name(value: JsonValue) -> str:
     return name
 
 
+def read_items(value: JsonValue) -> Sequence[JsonValue]:
+    """A list as it is, or one string in parts, at its commas. Counted before it is taken apart."""
+    items = value if isinstance(value, list) else read_text(value)
+    count = items.count(",") + 1 if isinstance(items, str) else len(items)
+    if count > MAX_ITEMS:
+        raise ValueError(f"must not have more than {MAX_ITEMS} values, got {count}")
+    return items.split(",") if isinstance(items, str) else items
+
+
 def read_names(value: JsonValue) -> tuple[str, ...]:
     """A list of names, or one string with commas; empty parts are dropped."""
-    parts = value if isinstance(value, list) else read_text(value).split(",")
-    return tuple(name for name in (read_name(part) for part in parts) if name)
+    return tuple(name for name in (read_name(part) for part in read_items(value)) if name)
 
 
 def read_integer(value: JsonValue) -> int | None:
@@ -206,11 +221,7 @@ class Reals(_Numeric):
 
     def read(self, value: JsonValue) -> tuple[float, ...]:
         one = Real(self.low, self.high)
-        if isinstance(value, list):
-            return tuple(one.read(part) for part in value)
-        if isinstance(value, str):
-            return tuple(one.read(part) for part in value.split(","))
-        return (one.read(value),)
+        return tuple(one.read(part) for part in (read_items(value) if isinstance(value, list | str) else (value,)))
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         number = {"type": "number", "minimum": self.low, "maximum": self.high}
@@ -266,15 +277,20 @@ class KeyOnlyRequest(WireModel):
 
 
 class Problems:
-    """Bad fields and why, collected so that one answer names all of them."""
+    """Bad fields and why, collected so that one answer names all of them, each with ``MAX_MESSAGES`` at most."""
 
     def __init__(self) -> None:
-        self._messages: dict[str, list[str]] = {}
+        self._messages: dict[str, dict[str, None]] = {}  # as sets that keep their order
+        self._left_out: Counter[str] = Counter()
 
     def add(self, field: str, message: str) -> None:
-        messages = self._messages.setdefault(field, [])
-        if message not in messages:
-            messages.append(message)
+        messages = self._messages.setdefault(field, {})
+        if message in messages:
+            return
+        if len(messages) < MAX_MESSAGES:
+            messages[message] = None
+        else:
+            self._left_out[field] += 1
 
     def missing(self, field: str) -> None:
         self.add(field, f"The {field} field is required.")
@@ -285,7 +301,8 @@ class Problems:
     def raise_if_any(self) -> None:
         """Raises ValidationFailed with everything collected."""
         if self._messages:
-            raise ValidationFailed(self._messages)
+            rest = {field: (f"And {count} more.",) for field, count in self._left_out.items()}
+            raise ValidationFailed({field: (*found, *rest.get(field, ())) for field, found in self._messages.items()})
 
 
 Model = TypeVar("Model", bound=WireModel)

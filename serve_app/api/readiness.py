@@ -19,7 +19,7 @@ PATIENCE_S: Final = 2.5
 
 
 @dataclass(frozen=True, slots=True)
-class Readiness:
+class ReadinessReport:
     """What the replicas that answered lack. Without an answer nothing is known, which is not the same as ready."""
 
     missing: Mapping[str, str] | None
@@ -40,11 +40,11 @@ class AnnotatorReadiness:
 
     clock: Callable[[], float] = time.monotonic
     patience_s: float = PATIENCE_S
-    _known: Readiness = Readiness(None)
+    _known: ReadinessReport = ReadinessReport(None)
     _known_at: float = 0.0
     _asking: set[asyncio.Task[None]] = field(default_factory=set)
 
-    async def state(self, stats: Callable[[], Awaitable[BackendStats]]) -> Readiness:
+    async def state(self, stats: Callable[[], Awaitable[BackendStats]]) -> ReadinessReport:
         """What the replicas said within the last 10 s; else they are asked, for at most 2.5 s. Never raises."""
         if self._now().missing is None:
             if not self._asking:
@@ -52,18 +52,18 @@ class AnnotatorReadiness:
             await asyncio.wait(self._asking, timeout=self.patience_s)
         return self._now()
 
-    def learn(self, stats: BackendStats) -> Readiness:
+    def learn(self, stats: BackendStats) -> ReadinessReport:
         """What replicas say in ``stats``, which were asked for just now; without a word from them what is known."""
         self._take(stats, self.clock())
         return self._now()
 
-    def _now(self) -> Readiness:
-        return self._known if self.clock() - self._known_at <= FRESH_S else Readiness(None)
+    def _now(self) -> ReadinessReport:
+        return self._known if self.clock() - self._known_at <= FRESH_S else ReadinessReport(None)
 
     def _take(self, stats: BackendStats, asked_at: float) -> None:
         if stats.annotators:
             found = {name: reason for one in stats.annotators for name, reason in one.missing.items()}
-            self._known, self._known_at = Readiness(found), asked_at
+            self._known, self._known_at = ReadinessReport(found), asked_at
 
     def _start(self, stats: Callable[[], Awaitable[BackendStats]]) -> None:
         # In a context of its own: Serve cancels the calls of a request whose client hangs up, and others wait here too.

@@ -27,7 +27,7 @@ class ControlMaps:
 def control_uses(spec: JobSpec) -> list[Use]:
     """What each control looks at."""
     return [
-        (source, keeps_lines(control.control_type, control.auto_hint))
+        (source, keeps_lines(control.control_type, control.annotator, control.auto_hint))
         for control, source in zip(spec.task.controls, spec.control_sources, strict=True)
     ]
 

@@ -30,7 +30,7 @@ def outlook(connection: sa.Connection, job_id: int, now: sa.ColumnElement[float]
     own = sa.select(jobs.c.status, jobs.c.endpoint, (now - jobs.c.started_at).label("elapsed_s"))
     job = connection.execute(own.where(jobs.c.id == job_id)).one()
     position = connection.scalar(sa.select(line.c.place).where(line.c.id == job_id)) or 0
-    eta_s = mean_run_s(connection, job.endpoint) or _ASSUMED_RUN_S
+    eta_s = _run_s(connection, job.endpoint, _ASSUMED_RUN_S)
     if position:
         until = sa.select(line.c.endpoint, sa.func.count()).where(line.c.place <= position)
         eta_s += _work_s(connection, until.group_by(line.c.endpoint), _ASSUMED_RUN_S) / _running(connection)
@@ -73,7 +73,12 @@ def _newest_first(table: sa.FromClause) -> tuple[sa.ColumnElement[float], ...]:
 def _work_s(connection: sa.Connection, counts: sa.Select[str, int], assumed_s: float) -> float:
     """Seconds that so many jobs of each endpoint run one after another; ``assumed_s`` where none has run yet."""
     rows = connection.execute(counts).all()
-    return sum(count * (mean_run_s(connection, endpoint) or assumed_s) for endpoint, count in rows)
+    return sum(count * _run_s(connection, endpoint, assumed_s) for endpoint, count in rows)
+
+
+def _run_s(connection: sa.Connection, endpoint: str, assumed_s: float) -> float:
+    mean_s = mean_run_s(connection, endpoint)
+    return assumed_s if mean_s is None else mean_s
 
 
 def _running(connection: sa.Connection) -> int:

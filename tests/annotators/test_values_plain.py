@@ -9,7 +9,9 @@ import skimage.data
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from serve_app.annotators import annotate
+from serve_app.annotators import ANNOTATORS, annotate, keeps_lines
+from serve_app.controls import CONTROL_TYPES
+from serve_app.errors import AnnotatorUnavailable
 from serve_app.images import resize_image
 from serve_app.tasks import AnnotationTask, ControlMap, ImageArray, JsonScalar
 from support.detectors import reference_library
@@ -69,3 +71,39 @@ def test_a_tile_is_the_picture_and_invert_its_negative() -> None:
     assert np.abs(made("tile", large).astype(int) - resized).max() <= 1
     task = AnnotationTask(control_type="lineart", annotator="invert", width=192, height=128)
     assert np.array_equal(annotate(task, PHOTO, None)[0].astype(int) + PHOTO, np.full(PHOTO.shape, 255))
+
+
+DRAWING: ImageArray = np.repeat(np.random.default_rng(0).choice(np.array([0, 255], np.uint8), (64, 64, 1)), 3, axis=2)
+LINES = [name for name, row in CONTROL_TYPES.items() if row.lines]
+
+
+def levels(control_type: str, annotator: str | None, *, auto_hint: bool = True) -> int:
+    task = AnnotationTask(
+        control_type=control_type, annotator=annotator, auto_hint=auto_hint, width=520, height=200, seed=3
+    )
+    return len(np.unique(annotate(task, DRAWING, None)[0]))
+
+
+@pytest.mark.parametrize("control_type", LINES)
+def test_a_line_drawing_gets_no_levels_between_black_and_white(control_type: str) -> None:
+    assert levels(control_type, None, auto_hint=False) == 2
+    for name in CONTROL_TYPES[control_type].annotators:
+        if name != "lineart_standard" and not (name != "none" and ANNOTATORS[name].networks):
+            assert levels(control_type, name) == 2, name
+
+
+def test_only_what_draws_no_lines_itself_keeps_them() -> None:
+    assert levels("tile", None) > 2
+    kept = {
+        (kind, name)
+        for kind, row in CONTROL_TYPES.items()
+        for name in row.annotators
+        if keeps_lines(kind, name, auto_hint=True)
+    }
+    drawn = {(kind, "invert") for kind in ("canny", "scribble", "lineart", "lineart_anime")}
+    assert kept == {("qrcode", "tile")} | drawn | {(kind, "none") for kind in LINES}
+    assert keeps_lines("qrcode", None, auto_hint=True)
+    assert not keeps_lines("canny", None, auto_hint=True)
+    assert keeps_lines("canny", None, auto_hint=False)
+    with pytest.raises(AnnotatorUnavailable, match="Allowed: canny, invert, none"):
+        keeps_lines("canny", "hed", auto_hint=True)

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from pydantic import JsonValue
 
 from serve_app.api.fields import (
+    MAX_ITEMS,
+    MAX_MESSAGES,
     MAX_NAME_CHARS,
     Flag,
     Name,
@@ -115,6 +117,10 @@ BAD: list[tuple[str, JsonValue, str]] = [
     ("name", "x" * (MAX_NAME_CHARS + 1), "longer"),
     ("names", [["canny"]], "must be a string"),
     ("names", 5, "must be a string"),
+    ("names", "," * MAX_ITEMS, "must not have more than 1000 values, got 1001"),
+    ("names", ["canny"] * (MAX_ITEMS + 1), "must not have more than 1000 values, got 1001"),
+    ("reals", "," * MAX_ITEMS, "must not have more than 1000 values, got 1001"),
+    ("reals", [1] * (MAX_ITEMS + 1), "must not have more than 1000 values, got 1001"),
     ("whole", 63, "from 64 to 1024, a multiple of 8, got 63"),
     ("whole", 1025, "from 64 to 1024"),
     ("whole", "513", "a multiple of 8, got '513'"),
@@ -175,6 +181,17 @@ def test_problems_keep_each_message_once() -> None:
     with pytest.raises(ValidationFailed) as caught:
         problems.raise_if_any()
     assert caught.value.fields == {"prompt": ["The prompt field is required."]}
+
+
+def test_problems_keep_so_many_messages_of_a_field_and_count_the_rest() -> None:
+    problems = Problems()
+    for number in (*range(MAX_MESSAGES + 3), 0):
+        problems.add("names", str(number))
+    problems.missing("prompt")
+    with pytest.raises(ValidationFailed) as caught:
+        problems.raise_if_any()
+    assert caught.value.fields["names"] == [*map(str, range(MAX_MESSAGES)), "And 3 more."]
+    assert caught.value.fields["prompt"] == ["The prompt field is required."]
 
 
 def test_one_value_holds_for_all_items() -> None:

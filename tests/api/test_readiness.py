@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from serve_app.api.readiness import AnnotatorReadiness, Readiness
+from serve_app.api.readiness import AnnotatorReadiness, ReadinessReport
 from serve_app.backend import AnnotatorStats, BackendStats
 from support.gateway import API, KEY, Server, as_base64, picture
 
 REASON = "the weights; run: controlnet-serve weights fetch zoe"
-UNKNOWN = Readiness(None)
+UNKNOWN = ReadinessReport(None)
 request = contextvars.ContextVar("request", default="none")
 
 

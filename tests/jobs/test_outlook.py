@@ -59,6 +59,16 @@ def test_the_outlook_of_a_drawing_is_not_that_of_a_map(any_database: Database) -
     assert store.queue_time_s() == pytest.approx(31, abs=0.1)
 
 
+def test_jobs_that_take_no_time_are_no_jobs_that_nobody_knows(any_database: Database) -> None:
+    store = JobStore(any_database, LimitsConfig())
+    store.submit(ALICE, as_maps())
+    ran(any_database, store, 0)
+    assert mean_s(any_database, "annotate") == 0
+    for _ in range(3):
+        waiting = store.submit(ALICE, as_maps())
+    assert store.outlook(waiting.id).eta_s == 1
+
+
 def ran(database: Database, store: JobStore, seconds: float) -> Job:
     """Let the one job that waits succeed, after so many seconds."""
     job = claim_one(store)

@@ -73,7 +73,8 @@ async def annotate(call: Call) -> Answer:
     services = call.services
     wish, problems = parse(AnnotateRequest, call.fields)
     maps = _check(wish, services.config.limits, problems)
-    await check_ready(maps, services, problems)
+    remedy = "Or choose another annotator of this control type: GET annotators says which are ready."
+    await check_ready(maps, services, problems, remedy)
     file_prefix = str(uuid.uuid4())
     sources = {"init_image": wish.picture, "mask_image": wish.mask_image}
     given = {field: text for field, text in sources.items() if text}

@@ -7,7 +7,7 @@ from pydantic import BaseModel
 from serve_app.annotators import ANNOTATORS, Param, Switch
 from serve_app.api.envelopes import Answer
 from serve_app.api.operations import Call
-from serve_app.api.readiness import Readiness
+from serve_app.api.readiness import ReadinessReport
 from serve_app.controls import CONTROL_TYPES, ControlType
 
 
@@ -64,14 +64,14 @@ async def annotators_list(call: Call) -> Answer:
     return Answer(AnnotatorsAnswer(control_types=types).model_dump(mode="json"))
 
 
-def ready_types(state: Readiness) -> list[str] | None:
+def ready_types(state: ReadinessReport) -> list[str] | None:
     """Control types whose default annotator lacks nothing; None: not known."""
     if state.missing is None:
         return None
     return [name for name, row in CONTROL_TYPES.items() if state.ready(row.annotator)]
 
 
-def _type_state(name: str, row: ControlType, state: Readiness) -> ControlTypeState:
+def _type_state(name: str, row: ControlType, state: ReadinessReport) -> ControlTypeState:
     return ControlTypeState(
         control_type=name,
         annotator=row.annotator,
@@ -82,7 +82,7 @@ def _type_state(name: str, row: ControlType, state: Readiness) -> ControlTypeSta
     )
 
 
-def _annotator_state(name: str, state: Readiness) -> AnnotatorState:
+def _annotator_state(name: str, state: ReadinessReport) -> AnnotatorState:
     params = ANNOTATORS[name].params if name in ANNOTATORS else ()
     return AnnotatorState(
         name=name,

@@ -34,8 +34,8 @@ from serve_app.api.fields import (
     absent,
     parse,
     per_item,
+    read_items,
     read_picture,
-    read_text,
 )
 from serve_app.api.operations import Call
 from serve_app.config import AppConfig
@@ -55,16 +55,19 @@ def _pictures(value: JsonValue) -> tuple[str, ...]:
     Links and data URIs may hold commas themselves: a part that starts no picture belongs to the one before it. So a
     link followed by raw base64 has to be sent as a list. Empty parts are not given, as everywhere else.
     """
+    parts = read_items(value)
     if isinstance(value, list):
-        return tuple(read_picture(part) for part in value if not absent(part))
-    pictures: list[str] = []
-    for part in read_text(value).split(","):
-        starts = part.strip().lower().startswith(("http://", "https://", "data:"))
-        if pictures and not starts and pictures[-1].lower().startswith(("http", "data:")):
-            pictures[-1] += f",{part}"
+        return tuple(read_picture(part) for part in parts if not absent(part))
+    pictures: list[list[str]] = []  # in pieces, joined once: each may be as long as the body
+    commas = False
+    for part in map(str, parts):
+        head = part.lstrip()[:8].lower()
+        if pictures and commas and not head.startswith(("http://", "https://", "data:")):
+            pictures[-1].append(part)
         else:
-            pictures.append(part.strip())
-    return tuple(filter(None, pictures))
+            pictures.append([part.strip()])
+            commas = head.startswith(("http", "data:"))
+    return tuple(filter(None, map(",".join, pictures)))
 
 
 class ControlNetRequest(GenerationRequest):
@@ -123,7 +126,8 @@ async def controlnet(call: Call) -> Answer:
     _check_own(wish, services.config, problems)
     plan = await asyncio.to_thread(_resolve, wish, services.config, services.catalog, problems)
     if plan is not None:
-        await check_ready(plan.controls, services, problems)
+        remedy = "Or send the control map itself with auto_hint: no."
+        await check_ready(plan.controls, services, problems, remedy)
     file_prefix = str(uuid.uuid4())
     sources = _sources(wish, services.config.limits.max_controls)
     pictures = await take_pictures(sources, services, file_prefix, problems)

@@ -2,45 +2,52 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Final
+from typing import Annotated, Final, cast
 
 from pydantic import BeforeValidator, JsonValue, WithJsonSchema
 
 from serve_app.annotators import ANNOTATORS, Param, Switch, chosen_annotator
-from serve_app.api.fields import Problems, absent, read_flag, read_name, read_real, show
+from serve_app.annotators.source import unknown_parameter
+from serve_app.api.fields import MAX_ITEMS, Problems, absent, read_flag, read_items, read_name, read_real, show
 from serve_app.api.services import Services
-from serve_app.controls import annotator_problem
-from serve_app.errors import one_of
+from serve_app.controls import CONTROL_TYPES, annotator_problem
 from serve_app.tasks import JsonScalar, MapInput
 
 MAX_NAMES: Final = 64
-"""Of parameters in one request; annotators have a few each."""
+"""Of parameters in one request, those for one control type counted too; annotators have a few each."""
+MAX_PARAMS_CHARS: Final = 16_384
+"""Of parameters sent as text, which the event loop parses."""
+
+_PARAMETERS: Final = frozenset(param.name for row in ANNOTATORS.values() for param in row.params)
 
 _Given = Mapping[str, JsonValue]
 
 
 def _choices(value: JsonValue) -> tuple[str, ...]:
     """A name or a list; an empty place means the default of that control type."""
-    parts: Sequence[JsonValue] = (
-        value.split(",") if isinstance(value, str) else value if isinstance(value, list) else ()
-    )
-    if not parts:
-        raise ValueError(f"must be a name or a list of names, got {show(value)}")
-    return tuple("" if absent(part) else read_name(part) for part in parts)
+    if not isinstance(value, str | list):
+        raise ValueError(f"must be a name or a list of names, got {show(value)}")  # noqa: TRY004  - as in read_text
+    return tuple("" if absent(part) else read_name(part) for part in read_items(value))
 
 
 def _params(value: JsonValue) -> tuple[_Given, ...]:
     """An object or a list of objects, null for an empty one; as JSON text from forms."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = json.loads(value) if len(value) <= MAX_PARAMS_CHARS else None
         except (ValueError, RecursionError):
             value = None
     parts = value if isinstance(value, list) else [value]
-    found = tuple({} if absent(part) and isinstance(value, list) else part for part in parts)
+    found = tuple({} if absent(part) and isinstance(value, list) else part for part in parts[: MAX_ITEMS + 1])
     objects = tuple(part for part in found if isinstance(part, dict))
-    if len(objects) != len(found) or sum(map(len, objects)) > MAX_NAMES:
-        raise ValueError("must be an object of parameter names and values, or a list of such objects")
+    if len(objects) != len(parts):
+        raise ValueError(
+            "must be an object of parameter names and values, or a list of such objects, at most "
+            f"{MAX_PARAMS_CHARS} characters as text"
+        )
+    inner = (value for one in objects for value in one.values() if isinstance(value, dict))
+    if sum(map(len, (*objects, *inner))) > MAX_NAMES:
+        raise ValueError(f"must not have more than {MAX_NAMES} names in all")
     return objects
 
 
@@ -81,6 +88,13 @@ def choose_annotators(
         return ()
     # The map of an inpaint net marks masked pixels by -1, which no picture can hold: it is always made here.
     makers = [chosen_annotator(kind, name, auto_hint) for kind, name in zip(kinds, wanted, strict=True)]
+    for kind, choice, maker in zip(kinds, wanted, makers, strict=True):
+        if maker is None and choice not in {None, "none"}:
+            problems.add(
+                "annotator",
+                f"For the control type {kind!r}: the annotator {choice!r} would not run, because auto_hint: no says "
+                "that the picture is the control map. Leave one of the two out.",
+            )
     values = _given(kinds, makers, params, problems)
     return tuple(
         MapInput(
@@ -96,37 +110,54 @@ def _given(
     params: Sequence[Mapping[str, object]],
     problems: Problems,
 ) -> list[dict[str, object]]:
-    """What is given for each map, by name. Maps that are not made need no parameters and ignore them."""
-    objects = [params[index if len(params) > 1 else 0] if params else {} for index in range(len(kinds))]
-    found: list[dict[str, object]] = []
-    for kind, maker, given in zip(kinds, makers, objects, strict=True):
-        for_all = {name: value for name, value in given.items() if not isinstance(value, dict)}
-        for_type = given.get(kind)
-        if len(params) == 1:
-            allowed = {name for other in makers for name in _params_of(other)}
-            _refuse_unknown(for_all, allowed, makers, problems)
-            for_all = {name: value for name, value in for_all.items() if name in _params_of(maker)}
-        strangers = [name for name, value in given.items() if isinstance(value, dict) and name not in kinds]
-        for name in strangers:
-            problems.add("annotator_params", one_of("control type in annotator_params", name, tuple(kinds)))
-        own = for_all | (for_type if isinstance(for_type, dict) else {})
-        _refuse_unknown(own, set(_params_of(maker)), [maker], problems)
-        found.append(own)
+    """What is given for each map, by name; for a map that is not made, nothing."""
+    running = tuple(dict.fromkeys(maker for maker in makers if maker is not None))
+    if not params or not running:
+        return [{} for _ in kinds]
+    if len(params) > 1:
+        found = [
+            _for_all(given, (kind,), problems) | _for_type(given, kind, problems)
+            for kind, given in zip(kinds, params, strict=True)
+        ]
+        return [own if maker is not None else {} for maker, own in zip(makers, found, strict=True)]
+    (given,) = params
+    for_all = _for_all(given, kinds, problems)
+    allowed = {name for maker in running for name in _params_of(maker)}
+    for name in for_all:
+        if name not in allowed:
+            problems.add("annotator_params", unknown_parameter(name, " and ".join(running), allowed))
+    return [
+        {name: value for name, value in for_all.items() if name in _params_of(maker)}
+        | (_for_type(given, kind, problems) if maker is not None else {})
+        for kind, maker in zip(kinds, makers, strict=True)
+    ]
+
+
+def _for_all(given: Mapping[str, object], kinds: Sequence[str], problems: Problems) -> dict[str, object]:
+    """The parameters of one object that hold for every control type; a type that is none of ``kinds`` is a problem."""
+    found = {name: value for name, value in given.items() if name not in kinds}
+    for name, value in given.items():
+        if name in found and (name in CONTROL_TYPES or (isinstance(value, dict) and name not in _PARAMETERS)):
+            problems.add(
+                "annotator_params",
+                f"The control type in annotator_params {show(name)} is unknown. Allowed: {', '.join(kinds)}.",
+            )
+            del found[name]
     return found
 
 
-def _refuse_unknown(
-    given: Mapping[str, object], allowed: set[str], makers: Sequence[str | None], problems: Problems
-) -> None:
-    if None in makers:
-        return  # nothing is made of it
-    for name in given:
-        if name not in allowed:
-            of = " and ".join(dict.fromkeys(str(maker) for maker in makers))
-            known = ", ".join(sorted(allowed)) or "none"
-            problems.add(
-                "annotator_params", f"The annotator parameter {show(name)} of {of} is unknown. Allowed: {known}."
-            )
+def _for_type(given: Mapping[str, object], kind: str, problems: Problems) -> dict[str, object]:
+    """The parameters of one object that hold for one control type, under its name; null: none."""
+    own = given.get(kind)
+    if isinstance(own, dict):
+        return own
+    if not _absent(own):
+        problems.add(
+            "annotator_params",
+            f"The control type {kind!r} in annotator_params must have an object of parameter names and values, got "
+            f"{show(own)}.",
+        )
+    return {}
 
 
 def _params_of(maker: str | None) -> dict[str, Param | Switch]:
@@ -135,17 +166,16 @@ def _params_of(maker: str | None) -> dict[str, Param | Switch]:
 
 def _effective(maker: str | None, given: Mapping[str, object], problems: Problems) -> dict[str, JsonScalar]:
     """Every parameter of the annotator, as given or by default."""
-    values: dict[str, JsonScalar] = {}
     if maker is None:
-        return values
-    for name, param in _params_of(maker).items():
-        try:
-            values[name] = _read(param, given[name]) if name in given and not _absent(given[name]) else param.default
-        except ValueError as error:
-            problems.add("annotator_params", f"The annotator parameter {name} of {maker} {error}.")
-    for problem in ANNOTATORS[maker].contradictions(values):
-        problems.add("annotator_params", f"{problem}.")
-    return values
+        return {}
+    known = _params_of(maker)
+    read = {name: _as_typed(known.get(name), value) for name, value in given.items()}
+    values, wrong = ANNOTATORS[maker].check(
+        {name: value for name, value in read.items() if name not in known or not _absent(value)}, maker
+    )
+    for problem in wrong:
+        problems.add("annotator_params", problem)
+    return dict(values)
 
 
 def _absent(value: object) -> bool:
@@ -153,18 +183,22 @@ def _absent(value: object) -> bool:
     return value is None or (isinstance(value, str) and absent(value))
 
 
-def _read(param: Param | Switch, value: object) -> JsonScalar:
-    scalar = value if isinstance(value, str | int | float) else None
+def _as_typed(param: Param | Switch | None, value: object) -> object:
+    """A number or a switch in any of its spellings as what it means; anything else as it is, to be refused."""
     if isinstance(param, Switch):
-        return read_flag(scalar)
-    number = read_real(scalar)
-    if number is None or not param.accepts(number):
-        raise ValueError(f"must be {param.expects} (step {param.step:g}), got {show(value)}")
-    return param.effective(number)
+        try:
+            return read_flag(cast("JsonValue", value))
+        except ValueError:
+            return value
+    number = read_real(cast("JsonValue", value))
+    return value if number is None else number
 
 
-async def check_ready(maps: Sequence[MapInput], services: Services, problems: Problems) -> None:
-    """An annotator that is known to lack its weights is a problem of the request: it would fail every time."""
+async def check_ready(maps: Sequence[MapInput], services: Services, problems: Problems, remedy: str) -> None:
+    """An annotator that is known to lack its weights is a problem of the request: it would fail every time.
+
+    ``remedy``: what else the caller of this endpoint can do, a sentence.
+    """
     if not any(one.annotator is not None and ANNOTATORS[one.annotator].networks for one in maps):
         return
     state = await services.annotators.state(services.backend_stats)
@@ -172,6 +206,5 @@ async def check_ready(maps: Sequence[MapInput], services: Services, problems: Pr
         if one.annotator is not None and (lacks := state.lacks(one.annotator)) is not None:
             problems.add(
                 "annotator",
-                f"The annotator {one.annotator!r} of {one.control_type!r} is not available: {lacks}. "
-                "Or send the control map itself with auto_hint: no.",
+                f"The annotator {one.annotator!r} of {one.control_type!r} is not available: {lacks}. {remedy}",
             )
