@@ -37,7 +37,7 @@ FOLDER: Final = "maps"
 """Where the maps lie in the object store."""
 
 _TROUBLE = (SQLAlchemyError, OSError)
-_FORMAT: Final = 1
+_FORMAT: Final = 2
 """Raise it when what a key stands for changes."""
 
 KEPT_S: Final = 24 * 3600.0
@@ -95,10 +95,11 @@ def map_key(
 ) -> str:
     """A hash of everything that the map follows from, 64 hex digits.
 
-    ``annotator`` and ``params`` are the effective ones; ``identity`` stands for the detector's code and weights.
+    The control type is not part of it: HED draws the same edges for ``hed`` and for ``softedge``. ``annotator`` and
+    ``params`` are the effective ones; ``identity`` stands for the detector's code and weights.
     """
     shapes = [image.shape, None if mask is None else mask.shape]
-    head = [_FORMAT, annotator, task.control_type, task.width, task.height, task.seed, sorted(params.items()), shapes]
+    head = [_FORMAT, annotator, task.width, task.height, task.seed, sorted(params.items()), shapes]
     key = hashlib.sha256(json.dumps([*head, identity]).encode())
     for pixels in (image, mask):
         if pixels is not None:

@@ -92,7 +92,8 @@ class AnnotatorService:
                 raise
         self.calls += 1
         self._meter.count("annotations", control_type=task.control_type)
-        return made.pixels, made.info
+        # Another control type may have asked for this map first.
+        return made.pixels, made.info.model_copy(update={"control_type": task.control_type})
 
     def stats(self, replica: str, node: str) -> AnnotatorStats:
         """A snapshot under these names. Looks which weights are there: call it in a thread."""

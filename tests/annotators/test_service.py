@@ -95,6 +95,15 @@ async def test_replicas_share_what_takes_a_network(start: Start) -> None:
         assert first.runs(control_type) == 1
 
 
+async def test_control_types_share_the_maps_of_one_annotator(start: Start) -> None:
+    replica = start()
+    kinds = ("canny", "aesthetic-controlnet", "canny")
+    infos = [(await replica.service.annotate(task(kind), PHOTO, None, None))[1] for kind in kinds]
+    assert [info.control_type for info in infos] == list(kinds)
+    assert replica.runs("canny") == 1
+    await replica.service.close()
+
+
 def swap(store: WeightStore) -> None:
     """Replace the weights of depth by others of the same size, as a fetch does; a second time: put them back."""
     path = store.require("depth_anything_v2")
