@@ -31,6 +31,10 @@ class Annotator:
         control_map, info = await self._service.annotate(task, image, mask, output)
         return info, [ray.put(control_map)]
 
+    async def check_health(self) -> None:
+        """Serve asks for it first when the replica has started: old maps go though nobody asks for new ones."""
+        self._service.start()
+
     async def stats(self) -> AnnotatorStats:
         return await asyncio.to_thread(self._service.stats, replica_name(), node_name())
 

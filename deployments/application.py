@@ -19,7 +19,7 @@ from serve_app.config import AppConfig, ReplicaConfig
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
 
-QUEUED_PER_PLACE = 16
+QUEUED_PER_PLACE = 2
 """Calls that wait at one dispatcher for each call that an annotator replica takes at once. What exceeds it is refused:
 its job goes back to the queue, uncharged, and lets jobs that need no annotator have its place."""
 

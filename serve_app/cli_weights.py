@@ -32,7 +32,8 @@ MirrorOption = Annotated[
 def weights_list(config: ConfigOption = None, data: DataOption = None) -> None:
     """List weights and the annotators they enable, then the annotators that can't run yet, and what to run for them.
 
-    STATE: ready; to convert (a pickle is there: weights convert); incomplete (a file beside them lacks); missing.
+    STATE: ready; unreadable (this user may not read a file); to convert (a pickle is there: weights convert);
+    incomplete (a file beside them lacks); missing.
     SHA-256: whether weights verify has a published hash to compare with.
     """
     store = WeightStore(read_config(config, data).annotator_weights)
@@ -110,7 +111,7 @@ def weights_verify(
 
     def check(name: str) -> str:
         found = verify(store, name)
-        return f"{found.path}" if found.compared else f"{found.path} (it loads; no published hash to compare with)"
+        return f"{found.path}" if found.compared else f"{found.path} (it loads; {found.uncompared})"
 
     _each(names, everything, check)
 
@@ -137,10 +138,12 @@ def _each(names: list[str] | None, everything: bool, act: Callable[[str], str]) 
     failed = False
     for name in wanted:
         try:
-            typer.echo(f"{name}: {act(name)}")
+            result = act(name)
         except (ServeError, OSError) as error:
             message = error.message if isinstance(error, ServeError) else str(error)
             typer.echo(shorten(f"error: {name}: {message}", _LONGEST, placeholder=" ..."), err=True)
             failed = True
+        else:  # outside: a terminal that is gone is no fault of the file
+            typer.echo(f"{name}: {result}")
     if failed:
         raise typer.Exit(1)

@@ -46,8 +46,8 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ({"denoisers": [{"name": "A"}, {"name": "B"}]}, "only one may leave families empty"),
         ({"annotator": {"autoscaling_config": {"min_replicas": 3, "max_replicas": 2}}}, "above max_replicas"),
         (
-            {"annotator": {"autoscaling_config": {"target_ongoing_requests": 4}}},
-            "4 must be below 4, the calls",
+            {"annotator": {"autoscaling_config": {"target_ongoing_requests": 32}}},
+            "32 must be below 32, the calls",
         ),
         (
             {"denoisers": [{"max_running": 4, "autoscaling_config": {"target_ongoing_requests": 9}}]},

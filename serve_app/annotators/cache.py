@@ -130,7 +130,8 @@ class MapCache:
         self._memory = _Memory(memory_bytes)
         self._shared_bytes = shared_bytes
         self._lease_s = lease_s
-        self._sweep_at = 0.0
+        self._sweeping: asyncio.Task[None] | None = None
+        self._closed = False
         self._making: dict[str, tuple[_Making, asyncio.Task[MadeMap]]] = {}
         self._tasks: set[asyncio.Task[MadeMap]] = set()
 
@@ -143,21 +144,10 @@ class MapCache:
         Raises:
             What ``make`` raises, to all who wait for it in this process.
         """
-        made = await self._get(key, caching, make)
-        if time.monotonic() >= self._sweep_at:
-            self._sweep_at = time.monotonic() + _SWEEP_EVERY_S
-            await asyncio.to_thread(self._sweep)
-        return made
-
-    async def close(self) -> None:
-        """Wait for the maps that are being made."""
-        if self._tasks:
-            await asyncio.wait(tuple(self._tasks))
-
-    async def _get(self, key: str, caching: Caching, make: Make) -> MadeMap:
+        self.start()
         if caching is Caching.NONE:
             self._tell("off")
-            return await make(lambda: None)
+            return _read_only(await make(lambda: None))
         known = self._memory.get(key)
         if known is not None:
             self._tell("memory")
@@ -173,6 +163,20 @@ class MapCache:
             if not (making.waiters or making.begun or task.done()):
                 self._forget(key, task)
                 task.cancel()
+
+    def start(self) -> None:
+        """Delete old maps from now on, now and then, beside all else. ``get`` does it too; twice is once."""
+        if self._sweeping is None and not self._closed:
+            self._sweeping = asyncio.create_task(self._sweep_now_and_then(), name="map-sweep")
+
+    async def close(self) -> None:
+        """Wait for the maps that are being made, and delete no more."""
+        self._closed = True
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+            await asyncio.wait((self._sweeping,))
+        if self._tasks:
+            await asyncio.wait(tuple(self._tasks))
 
     def _start(self, key: str, caching: Caching, make: Make) -> tuple[_Making, asyncio.Task[MadeMap]]:
         making = _Making()
@@ -199,7 +203,7 @@ class MapCache:
         else:
             self._tell("made")
             made = await make()
-        made = replace(made, pixels=_frozen(made.pixels))
+        made = _read_only(made)
         self._memory.put(key, made)
         return made
 
@@ -297,11 +301,21 @@ class MapCache:
             self._let_go(key, holder)
         return made
 
+    async def _sweep_now_and_then(self) -> None:
+        while True:
+            sweep = asyncio.ensure_future(asyncio.to_thread(self._sweep))
+            try:
+                await asyncio.shield(sweep)
+            except asyncio.CancelledError:
+                await asyncio.wait([sweep])  # its thread can't be stopped, and who closes takes the database away
+                raise
+            await asyncio.sleep(_SWEEP_EVERY_S)
+
     def _sweep(self) -> None:
         """Delete what nobody uses any more, of all replicas. Maps that are only found, or no longer kept, age too."""
         holder = uuid.uuid4().hex
         try:
-            while gone := self._index.take_old(holder, KEPT_S, self._lease_s):
+            while not self._closed and (gone := self._index.take_old(holder, KEPT_S, self._lease_s)):
                 self._delete(holder, gone)
             self._meter.set("map_cache_bytes", self._index.total_bytes())
         except _TROUBLE:
@@ -360,8 +374,8 @@ def _object(key: str) -> str:
     return f"{FOLDER}/{key[:2]}/{key}.png"
 
 
-def _frozen(pixels: ControlMap) -> ControlMap:
-    """The same pixels, for several users: nobody may write into them."""
-    view = pixels.view()
+def _read_only(made: MadeMap) -> MadeMap:
+    """The same pixels, for several users, or the request's own picture: nobody may write into them."""
+    view = made.pixels.view()
     view.flags.writeable = False
-    return view
+    return replace(made, pixels=view)

@@ -5,9 +5,10 @@ Services never come here. Messages name paths: they are for the operator at the 
 """
 
 import hashlib
+import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,11 @@ from serve_app.errors import ModelError, ModelLoadFailed, UnsafeModel
 
 _SOURCE = "source_sha256"
 """In the metadata of a safetensors file: the SHA-256 of the pickle that it was converted from."""
+_TENSORS = "tensors_sha256"
+"""In the same metadata: the SHA-256 of the tensors that ``convert`` wrote, see ``_tensors_sha256``."""
+
+NOTHING_PUBLISHED = "no published hash to compare with"
+NO_DIGEST = "converted by an older version: no digest to compare; to have one, delete the file and convert again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +34,12 @@ class Verified:
     """A file that its networks load."""
 
     path: Path
-    compared: bool
-    """Whether a published hash is known that it was compared with."""
+    uncompared: str = ""
+    """Why it could not be compared with what was published; empty: it was, and is the same."""
+
+    @property
+    def compared(self) -> bool:
+        return not self.uncompared
 
 
 def convert(store: WeightStore, name: str, *, allow_unpinned: bool = False) -> Path | None:
@@ -67,7 +77,8 @@ def convert(store: WeightStore, name: str, *, allow_unpinned: bool = False) -> P
             with renamed(target.parent / other) as partial:
                 shutil.copyfile(path.parent / other, partial)
     source = f"{weights.repo}: {published}"
-    _write(state, path, target, {"format": "pt", "source": source, _SOURCE: pinned or _sha256(path)})
+    metadata = {"format": "pt", "source": source, _SOURCE: pinned or _sha256(path)}
+    _write(state, path, target, metadata | {_TENSORS: _tensors_sha256((name, state[name]) for name in sorted(state))})
     return target
 
 
@@ -82,7 +93,7 @@ def verify(store: WeightStore, name: str) -> Verified:
     loaders = {network: row.loader for network, row in NETWORKS.items() if row.weights == name}
     for network, loader in loaders.items():
         path = store.require(network)
-        compared = check_published(path, weights, weights.served)
+        uncompared = check_published(path, weights, weights.served)
         try:
             with quiet():
                 resolve_name(loader)(path)
@@ -90,25 +101,26 @@ def verify(store: WeightStore, name: str) -> Verified:
             raise
         except Exception as error:  # what a damaged file makes of a loader is anybody's guess
             raise ModelLoadFailed(f"{path}: {type(error).__name__}: {first_line(error)}") from error
-    return Verified(path, compared)
+    return Verified(path, uncompared)
 
 
-def check_published(path: Path, weights: Weights, file: str) -> bool:
-    """Whether ``path``, which is ``file`` or will be, could be compared with a published hash.
+def check_published(path: Path, weights: Weights, file: str) -> str:
+    """Why ``path``, which is ``file`` or will be, could not be compared with a published hash; empty: it passed.
 
-    A safetensors file passes by its own hash, or by that of the pickle which ``convert`` made it of.
+    A safetensors file passes by its own hash, or by that of the pickle which ``convert`` made it of, if its tensors are
+    still those that were written then.
 
     Raises:
-        ModelLoadFailed: it can't be read, or is no safetensors file.
+        ModelLoadFailed: it can't be read, is no safetensors file, or was damaged after it was converted.
         UnsafeModel: it is not what was published.
     """
     try:
         expected = weights.known_sha256(file)
         if file.endswith(".safetensors"):
-            source = _source_sha256(path)
+            source, has_digest = _converted(path)
             pickle_sha256 = weights.known_sha256(weights.converted_from) if weights.converted_from else None
             if pickle_sha256 is not None and source == pickle_sha256:
-                return True
+                return "" if has_digest else NO_DIGEST
             if pickle_sha256 is not None and expected is None and (source is not None or weights.is_pickle):
                 raise UnsafeModel(
                     f"{path}: made of a file with the SHA-256 {source or '(it does not say)'}, "
@@ -118,7 +130,7 @@ def check_published(path: Path, weights: Weights, file: str) -> bool:
             check_hash(path, expected)
     except OSError as error:
         raise ModelLoadFailed(f"{path}: {error.strerror or error}") from error
-    return expected is not None
+    return "" if expected is not None else NOTHING_PUBLISHED
 
 
 @contextmanager
@@ -147,17 +159,38 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _source_sha256(path: Path) -> str | None:
+def _converted(path: Path) -> tuple[str | None, bool]:
+    """The SHA-256 of the pickle that a safetensors file says it was made of, and whether its tensors have a digest.
+
+    Raises:
+        ModelLoadFailed: it is no safetensors file, or its tensors are not those of the digest.
+        OSError: it can't be read.
+    """
     from safetensors import SafetensorError, safe_open
 
     with path.open("rb"):  # safetensors calls what may not be read not there
         pass
     try:
-        with safe_open(path, framework="numpy") as file:
-            source: str | None = (file.metadata() or {}).get(_SOURCE)
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            written = metadata.get(_TENSORS)
+            found = written and _tensors_sha256((name, file.get_tensor(name)) for name in sorted(file.keys()))
     except SafetensorError as error:
         raise ModelLoadFailed(f"{path}: not a whole safetensors file: {first_line(error)}") from error
-    return source
+    if found != written:
+        raise ModelLoadFailed(f"{path}: damaged: its tensors have the SHA-256 {found}, those converted had {written}")
+    return metadata.get(_SOURCE), written is not None
+
+
+def _tensors_sha256(tensors: Iterable[tuple[str, Any]]) -> str:
+    """Of names, types, shapes and bytes of contiguous tensors, in the order given."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _read_pickle(path: Path, weights: Weights) -> dict[str, Any]:
@@ -204,8 +237,11 @@ def _write(state: dict[str, Any], origin: Path, target: Path, metadata: dict[str
     from safetensors.torch import save_file
 
     with renamed(target) as partial:
+        partial.touch()
+        mode = partial.stat().st_mode  # as the umask wants it; safetensors would keep the file to this user
         try:
             save_file(state, partial, metadata)
+            partial.chmod(mode)
         except (SafetensorError, RuntimeError, ValueError, LookupError) as error:
             raise ModelLoadFailed(f"{origin}: cannot be written as safetensors: {first_line(error)}") from error
 

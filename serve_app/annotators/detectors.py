@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Self
 
 from serve_app.annotators.weights import NETWORKS, WeightStore
 from serve_app.errors import (
+    AnnotatorUnavailable,
     ModelError,
     ModelLoadFailed,
     OutOfMemory,
@@ -75,6 +76,8 @@ class DetectorHost:
         self._lock = threading.Lock()
         self._slots: dict[str, _Slot] = {}
         self._uses = 0
+        self._damaged: dict[str, tuple[FileState, ...]] = {}
+        """Network -> the files that it could not be made of."""
         self.loads = 0
         """Networks loaded so far."""
 
@@ -113,6 +116,25 @@ class DetectorHost:
         with self._lock:
             loaded = {name: slot.files for name, slot in self._slots.items() if slot.size_bytes}
         return tuple(state for name in names for state in loaded.get(name) or self._files(name))
+
+    def problem(self, name: str) -> str | None:
+        """What keeps a network from running here, or None: its files, or that they turned out to be damaged.
+
+        Opens no file. Damage is known once somebody has tried to load them, and forgotten when they change.
+        """
+        problem = self.store.problem(name)
+        if problem is not None:
+            return problem
+        with self._lock:
+            damaged = self._damaged.get(name)
+        if damaged is None:
+            return None
+        try:
+            same = self._files(name) == damaged
+        except (AnnotatorUnavailable, RetryableError):  # being replaced right now
+            same = False
+        weights = NETWORKS[name].weights
+        return _damage(weights, self.store.row(weights).label) if same else None
 
     @property
     def device_type(self) -> str:
@@ -171,16 +193,23 @@ class DetectorHost:
     def _read_unchanged(self, name: str) -> tuple[tuple[FileState, ...], Any]:
         """A network, and the files that it is of for certain."""
         before = self._files(name)
-        value = self._read(name)
+        try:
+            value = self._read(name)
+        except ModelError as error:
+            if not _passes(error):
+                with self._lock:
+                    self._damaged[name] = before
+            raise
+        with self._lock:
+            self._damaged.pop(name, None)
         if self._files(name) != before:
             raise RetryableError(f"The weights {NETWORKS[name].weights} were replaced while they were loaded.")
         return before, value
 
     def _files(self, name: str) -> tuple[FileState, ...]:
-        path = self.store.require(name)
-        beside = (path.parent / other for other in self.store.row(NETWORKS[name].weights).beside)
+        self.store.require(name)
         try:
-            return tuple(map(FileState.of, (path, *beside)))
+            return tuple(map(FileState.of, self.store.files(NETWORKS[name].weights)))
         except OSError as error:
             raise RetryableError(f"The weights {NETWORKS[name].weights} are being replaced.") from error
 
@@ -189,19 +218,23 @@ class DetectorHost:
         path = self.store.require(name)
         weights = self.store.row(row.weights)
         try:
+            for file in self.store.files(row.weights):  # libraries call what may not be read not there, or damaged
+                with file.open("rb"):
+                    pass
             if weights.sha256 is not None and path.suffix != ".safetensors":  # those hold numbers only: weights verify
                 check_hash(path, weights.sha256)
             with self._lock:
                 self._make_room(path.stat().st_size)
             value = resolve_name(row.loader)(path)
+        except PermissionError as error:
+            logger.exception("the weights %s cannot be read", row.weights)
+            raise ModelLoadFailed(f"The weights {weights.label} cannot be read by this user.") from error
         except (ModelError, OSError) as error:
             # Clients read the message; where files lie on the server is for the log.
             logger.exception("the weights %s cannot be loaded from %s", row.weights, path)
             kind = type(error) if isinstance(error, ModelError) else ModelLoadFailed
-            raise kind(
-                f"The weights {weights.label} are damaged or not those that were published; "
-                f"run: controlnet-serve weights verify {row.weights}."
-            ) from error
+            said = _damage(row.weights, weights.label)
+            raise kind(f"{said[0].upper()}{said[1:]}.") from error
         return value.to(self._device()) if hasattr(value, "parameters") else value
 
     def _device(self) -> Any:
@@ -224,6 +257,22 @@ class DetectorHost:
     def _by_age(self) -> list[tuple[str, _Slot]]:
         loaded = [(name, slot) for name, slot in self._slots.items() if slot.size_bytes]
         return sorted(loaded, key=lambda item: item[1].last_used)
+
+
+def _passes(error: BaseException | None) -> bool:
+    """Whether the system is the reason, not the file. Libraries raise OSError, without a number, for bad files too."""
+    while error is not None:
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
+            return True
+        error = error.__cause__
+    return False
+
+
+def _damage(name: str, label: str) -> str:
+    return (
+        f"the weights {label} are damaged or not those that were published; "
+        f"run: controlnet-serve weights verify {name}, with the server's --data or -c"
+    )
 
 
 def check_hash(path: Path, expected: str) -> None:

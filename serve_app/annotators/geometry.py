@@ -20,6 +20,8 @@ from serve_app.tasks import ControlMap, ImageArray
 
 _SHORTEST = 32
 """The most that a network here halves a picture by, but for one that gets it padded to 256."""
+LARGEST_AREA = 1536 * 1024
+"""Pixels that a network sees at most where a resolution is chosen: time and memory grow with them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +66,16 @@ def look(source: Source, network: nn.Module, multiple: int, *, fit: bool = False
 def at_resolution(source: Source) -> ImageArray:
     """The picture, its short side brought to the parameter ``resolution``; 0 leaves it at the output's own size.
 
-    Its area stays within four times the square of that, so that long strips don't grow without bound, but no side gets
-    shorter than 32 pixels by it, for some networks fail on less.
+    Its area stays within four times the square of that and within ``LARGEST_AREA``, so that long strips don't grow
+    without bound, but no side gets shorter than 32 pixels by it, for some networks fail on less.
     """
     height, width = source.image.shape[:2]
     resolution = int(source.params["resolution"])
     if resolution == 0:
         return source.image
     short = min(height, width)
-    scale = min(resolution / short, max(2 * resolution / math.sqrt(height * width), _SHORTEST / short))
+    area = min(4 * resolution**2, LARGEST_AREA)
+    scale = min(resolution / short, max(math.sqrt(area / (height * width)), _SHORTEST / short))
     return resize_image(source.image, round(width * scale), round(height * scale))
 
 

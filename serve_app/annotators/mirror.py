@@ -122,7 +122,7 @@ class Mirror:
 
 def _is_published(path: Path, store: WeightStore, name: str) -> bool:
     try:
-        return check_published(path, store.row(name), path.name)
+        return not check_published(path, store.row(name), path.name)
     except (ModelLoadFailed, UnsafeModel):
         return False
 

@@ -19,6 +19,9 @@ from serve_app.tasks import ControlMap, ImageArray
 
 _WIDEST = 4
 """The body network works at a fixed height of 184; wider strips than this would grow without bound."""
+CLOSE_UPS = 8
+"""People, the largest, whose hands and faces are looked for, where a hand takes seconds on a CPU. The bodies of all are
+drawn."""
 _GREY = (128, 128, 128)
 """What OpenPose continues pictures with."""
 
@@ -49,9 +52,13 @@ def _drawn(source: Source, *, hands: bool, faces: bool) -> ControlMap:
     size = np.array([width, height])
     finder = _finder("body.Body", source.networks["openpose_body"])
     canvas = blank(*source.image.shape[:2])
-    for person in finder.format_body_result(*finder(image)):
+    people = finder.format_body_result(*finder(image))
+    near = {id(person) for person in sorted(people, key=_extent, reverse=True)[:CLOSE_UPS]}
+    for person in people:
         points = [None if point is None else (point.x / width, point.y / height) for point in person.keypoints]
         draw_body(canvas, points)
+        if id(person) not in near:
+            continue
         if hands:
             for found in _hands(source, person, image, size):
                 draw_hand(canvas, found)
@@ -59,6 +66,12 @@ def _drawn(source: Source, *, hands: bool, faces: bool) -> ControlMap:
             for found in _face(source, person, image, size):
                 draw_face(canvas, found)
     return canvas
+
+
+def _extent(person: Any) -> float:
+    """Pixels across plus down that the found points of a body span."""
+    found = np.array([(point.x, point.y) for point in person.keypoints if point is not None])
+    return float(np.ptp(found, axis=0).sum()) if len(found) else 0.0
 
 
 def _hands(source: Source, person: Any, image: ImageArray, size: NDArray[np.int_]) -> Iterator[Points]:

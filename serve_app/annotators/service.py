@@ -17,7 +17,7 @@ from typing import Final
 
 import numpy as np
 
-from serve_app.annotators import ANNOTATORS, Missing, annotate, chosen_annotator, readiness
+from serve_app.annotators import ANNOTATORS, annotate, chosen_annotator
 from serve_app.annotators.cache import Caching, MadeMap, MapCache, map_key
 from serve_app.annotators.detectors import DetectorHost
 from serve_app.annotators.identity import Identities, Identity
@@ -78,6 +78,10 @@ class AnnotatorService:
         self.runs = 0
         """Maps really made."""
 
+    def start(self) -> None:
+        """Begin what is done beside the calls; the first call does it too. In the event loop of ``annotate``."""
+        self._cache.start()
+
     async def annotate(
         self, task: AnnotationTask, image: ImageArray, mask: ImageArray | None, output: MapOutput | None
     ) -> tuple[ControlMap, AnnotationInfo]:
@@ -97,14 +101,14 @@ class AnnotatorService:
 
     def stats(self, replica: str, node: str) -> AnnotatorStats:
         """A snapshot under these names. Looks which weights are there: call it in a thread."""
-        found = readiness(self._host.store)
+        lacking = {name: filter(None, map(self._host.problem, row.networks)) for name, row in ANNOTATORS.items()}
         return AnnotatorStats(
             replica=replica,
             node=node,
             pid=os.getpid(),
             annotate_calls=self.calls,
             annotator_runs=self.runs,
-            missing={name: state.reason for name, state in found.items() if isinstance(state, Missing)},
+            missing={name: reason for name, problems in lacking.items() if (reason := "; ".join(problems))},
         )
 
     async def close(self) -> None:

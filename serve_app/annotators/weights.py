@@ -11,6 +11,7 @@ for MediaPipe, a ``.task`` file of a known hash. Pickles are read by ``convert``
 """
 
 import importlib.util
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,8 +22,9 @@ from serve_app.annotators.source import AnnotatorRow
 from serve_app.errors import AnnotatorUnavailable, one_of
 
 MEDIAPIPE_REMEDY = (
-    "pip install --no-deps mediapipe && pip install absl-py certifi flatbuffers sounddevice matplotlib (with its "
-    "dependencies, mediapipe would bring opencv-contrib-python, which overwrites opencv-python-headless)"
+    "python -m pip install --no-deps mediapipe && python -m pip install absl-py certifi flatbuffers sounddevice "
+    "matplotlib (with its dependencies, mediapipe would bring opencv-contrib-python, which overwrites "
+    "opencv-python-headless)"
 )
 """What mediapipe 1.2.2 asks for, less numpy and OpenCV, which are here."""
 
@@ -96,7 +98,7 @@ class Network:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The annotator can run: its weights are there. Whether they are intact, ``weights verify`` tells."""
+    """The annotator can run: its weights are there and may be read. If they are intact, ``weights verify`` tells."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +111,12 @@ class Missing:
 
 Readiness = Ready | Missing
 
-WeightState = Literal["ready", "to convert", "incomplete", "missing"]
-"""``to convert``: a pickle is there; ``incomplete``: a file that belongs beside the weights is not."""
+WeightState = Literal["ready", "unreadable", "to convert", "incomplete", "missing"]
+"""``unreadable``: all is there, but this user may not read it; ``to convert``: a pickle is there; ``incomplete``: a
+file that belongs beside the weights is not."""
+
+_PLACE = "with the server's --data or -c"
+"""Without one of them, a command looks into the folder of the defaults."""
 
 # Hashes and commits are those that public code which fetches these files states. They were not compared with the hub
 # itself; a wrong one refuses a good file and never lets in a bad one. Depth-Anything-V2-Small-hf: ten projects state
@@ -263,11 +269,16 @@ class WeightStore:
         """The file that a service reads, if it and the files beside it are there."""
         return self.complete(name, self.row(name).served)
 
+    def files(self, name: str) -> tuple[Path, ...]:
+        """What a service reads: ``served`` and the files beside it; empty where they are not there."""
+        path = self.served(name)
+        return () if path is None else (path, *(path.parent / other for other in self.row(name).beside))
+
     def state(self, name: str) -> WeightState:
-        """What lies in the folder, by names alone."""
+        """What lies in the folder, by names and permissions alone."""
         row = self.row(name)
-        if self.served(name) is not None:
-            return "ready"
+        if there := self.files(name):
+            return "ready" if all(map(_may_read, there)) else "unreadable"
         files = [row.served, *([row.converted_from] if row.converted_from else [])]
         if self.complete(name, files[-1]) is not None:
             return "to convert"
@@ -283,19 +294,28 @@ class WeightStore:
     def _lacking(self, name: str, state: WeightState) -> str:
         row = self.row(name)
         origin = f"{row.url or f'the repository {row.repo}'} (licence: {row.licence})"
-        verb = "convert" if state == "to convert" else "fetch"
-        what = f"the weights {row.served} from {origin} are not in the weights folder"
+        if state == "unreadable":
+            file = next((path.name for path in self.files(name) if not _may_read(path)), row.served)
+            return (
+                f"the file {file} of the weights {name} cannot be read by this user; give the server's user the right"
+            )
+        fetch, convert = (f"controlnet-serve weights {verb} {name}" for verb in ("fetch", "convert"))
         lies = self.find(name, row.served) or (row.converted_from and self.find(name, row.converted_from))
+        if state == "to convert":
+            what = f"the weights {row.converted_from} from {origin} are not converted yet"
+            return f"{what}; run: {convert}, {_PLACE}"
+        what = f"the weights {row.file} from {origin} are not in the weights folder"
         if state == "incomplete" and lies:
             lacking = ", ".join(file for file in row.beside if not _is_file(lies.parent / file))
             what = f"the weights {lies.name} from {origin} are there without their {lacking}"
-        return f"{what}; run: controlnet-serve weights {verb} {name}"
+        then = f", then {convert}" if row.is_pickle else ""
+        return f"{what}; run: {fetch}{then}, {_PLACE}"
 
     def require(self, network: str) -> Path:
         """The file to load a network from.
 
         Raises:
-            AnnotatorUnavailable: it or a package is missing; the message names the command that helps.
+            AnnotatorUnavailable: it or a package is missing, or it may not be read; the message says what helps.
         """
         problem = self.problem(network)
         path = self.served(NETWORKS[network].weights)
@@ -304,7 +324,7 @@ class WeightStore:
         return path
 
     def readiness(self, annotators: Mapping[str, AnnotatorRow]) -> dict[str, Readiness]:
-        """Which annotators can run here, by what lies in the folder. Opens no file."""
+        """Which annotators can run here, by what lies in the folder and may be read. Opens no file."""
         found: dict[str, Readiness] = {}
         for name, row in annotators.items():
             problems = [problem for network in row.networks if (problem := self.problem(network)) is not None]
@@ -326,6 +346,11 @@ def _is_file(path: Path) -> bool:
         return path.is_file()
     except OSError:  # pathlib tells apart what is not there and what is not permitted
         return False
+
+
+def _may_read(path: Path) -> bool:
+    """Whether the user that this process acts as may read it."""
+    return os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids)
 
 
 def _main(cached: Path) -> str | None:

@@ -16,7 +16,7 @@ class AutoscalingConfig(Section):
     initial_replicas: Annotated[int, Field(ge=0)] | None = None
     target_ongoing_requests: Annotated[float, Field(gt=0)] | None = None
     """Calls per replica, running and waiting, that Serve keeps to by adding replicas; None: half of those that a
-    replica runs at once."""
+    replica takes at once, and 2 for annotators."""
     upscale_delay_s: Annotated[float, Field(ge=0)] = 0.0
     downscale_delay_s: Annotated[float, Field(ge=0)] = 300.0
 
@@ -50,7 +50,12 @@ class ReplicaConfig(Section):
         own = self.autoscaling_config
         if own is None or own.target_ongoing_requests is not None:
             return own
-        return own.model_copy(update={"target_ongoing_requests": self.calls_at_once / 2})
+        return own.model_copy(update={"target_ongoing_requests": self.target_calls})
+
+    @property
+    def target_calls(self) -> float:
+        """The target of scaling where none is configured."""
+        return self.calls_at_once / 2
 
     @model_validator(mode="after")
     def _scales_in_time(self) -> Self:
@@ -113,7 +118,9 @@ class DenoiserConfig(ReplicaConfig):
 
 
 class AnnotatorConfig(ReplicaConfig):
-    max_ongoing: Count = 4
+    max_ongoing: Count = 32
+    """Calls that one replica takes at once. Networks run one at a time; the other calls wait for them with their
+    picture, some 3 MB each, or make a map without a network meanwhile, so there must be more places than waiters."""
     map_store_bytes: Annotated[int, Field(ge=0)] = 1024**3
     """Control maps of detectors with weights that all replicas together keep in the object store; 0: none."""
     weights_folder: Path | None = None
@@ -126,6 +133,11 @@ class AnnotatorConfig(ReplicaConfig):
     @property
     def calls_at_once(self) -> int:
         return self.max_ongoing
+
+    @property
+    def target_calls(self) -> float:
+        """One that runs and one that waits for it; the places beyond are no measure of what a replica can do."""
+        return min(2.0, self.max_ongoing / 2)
 
 
 class GatewayConfig(ReplicaConfig):

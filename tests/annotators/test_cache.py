@@ -4,6 +4,7 @@ import asyncio
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -143,15 +144,40 @@ async def test_a_thousand_images_stay_under_the_bound(any_database: Database) ->
     assert favourite.runs == 1  # what is used stays
 
 
+async def stored(database: Database, objects: LocalStore, *keys: str) -> None:
+    """Maps of another replica, which is gone."""
+    other = replica(database, objects)
+    for key in keys:
+        await other.cache.get(key, Caching.SHARED, Detector())
+    await other.cache.close()
+
+
+def age(database: Database, key: str) -> None:
+    with database.transaction() as connection:
+        aged = sa.update(control_maps).where(control_maps.c.key == key)
+        connection.execute(aged.values(used_at=control_maps.c.used_at - KEPT_S - 1))
+
+
+async def until_left(database: Database, keys: set[str]) -> None:
+    """Wait for the sweep, which nobody else waits for."""
+    async with asyncio.timeout(30):
+        while {row.key for row in rows(database)} != keys:  # noqa: ASYNC110  - it happens in a thread
+            await asyncio.sleep(0.01)
+
+
+def sweeps() -> list[str]:
+    """Tasks of this test's loop that sweep."""
+    return [task.get_name() for task in asyncio.all_tasks() if task.get_name() == "map-sweep"]
+
+
 async def test_what_nobody_uses_for_a_day_goes(any_database: Database, objects: LocalStore) -> None:
     old, used, new = ("b" * 64, "c" * 64, "d" * 64)
+    await stored(any_database, objects, old, used)
     for key in (old, used):
-        await replica(any_database, objects).cache.get(key, Caching.SHARED, Detector())
-    with any_database.transaction() as connection:
-        connection.execute(sa.update(control_maps).values(used_at=control_maps.c.used_at - KEPT_S - 1))
-    await replica(any_database, objects).cache.get(used, Caching.SHARED, Detector())
+        age(any_database, key)
+    assert MapIndex(any_database).find(used) is not None  # that is a use
     await replica(any_database, objects).cache.get(new, Caching.SHARED, Detector())
-    assert {row.key for row in rows(any_database)} == {used, new}
+    await until_left(any_database, {used, new})
     assert objects.info(f"{FOLDER}/bb/{old}.png") is None
     assert objects.info(f"{FOLDER}/cc/{used}.png") is not None
 
@@ -159,15 +185,43 @@ async def test_what_nobody_uses_for_a_day_goes(any_database: Database, objects: 
 @pytest.mark.parametrize("last", ["found", "none are kept", "uncached"])
 async def test_old_maps_go_though_none_is_made(database: Database, objects: LocalStore, last: str) -> None:
     old, used = "b" * 64, "c" * 64
-    for key in (old, used):
-        await replica(database, objects).cache.get(key, Caching.SHARED, Detector())
-    with database.transaction() as connection:
-        aged = sa.update(control_maps).where(control_maps.c.key == old)
-        connection.execute(aged.values(used_at=control_maps.c.used_at - KEPT_S - 1))
+    await stored(database, objects, old, used)
+    age(database, old)
     one = replica(database, objects, shared=0 if last == "none are kept" else 2**20)
     await one.cache.get(used, Caching.NONE if last == "uncached" else Caching.SHARED, Detector())
-    assert {row.key for row in rows(database)} == {used}
+    await until_left(database, {used})
     assert objects.info(f"{FOLDER}/bb/{old}.png") is None
+
+
+class HeldStore(LocalStore):
+    """Deletes nothing before the gate opens."""
+
+    gate: threading.Event
+
+    def delete(self, key: str) -> None:
+        assert self.gate.wait(60)
+        super().delete(key)
+
+
+async def test_nobody_waits_for_the_sweep_but_who_closes(database: Database, tmp_path: Path) -> None:
+    objects = HeldStore(tmp_path / "objects")
+    objects.gate = threading.Event()
+    old = "b" * 64
+    await stored(database, objects, old)
+    age(database, old)
+    one = replica(database, objects)
+    detector = Detector()
+    for _ in range(2):
+        await asyncio.wait_for(one.cache.get(KEY, Caching.SHARED, detector), 30)
+    assert sweeps() == ["map-sweep"]
+    closing = asyncio.create_task(one.cache.close())
+    await asyncio.sleep(0.1)
+    assert not closing.done()  # the database is still in use
+    objects.gate.set()
+    await closing
+    assert {row.key for row in rows(database)} == {KEY}
+    await one.cache.get(KEY, Caching.SHARED, detector)
+    assert sweeps() == []
 
 
 async def test_what_exceeds_the_bound_alone_is_not_kept(database: Database, objects: LocalStore) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -180,6 +181,31 @@ def test_openpose_finds_and_draws_the_same(
         assert (seen is not None) == (theirs is not None) == (wanted and size == 1)
         assert seen is None or torch.equal(seen, theirs)
     assert (expected == 255).all(axis=2).any() == (faces and size == 1)  # a face's points are white
+
+
+def test_hands_and_faces_of_a_crowd_are_those_of_the_largest() -> None:
+    """Nine people in a row, of whom the last is smaller."""
+    seen: list[int] = []
+
+    def count(pixels: torch.Tensor) -> list[torch.Tensor]:
+        seen.append(pixels.shape[2])
+        return face_answer(pixels)
+
+    sizes = [0.65] * pose.CLOSE_UPS + [0.6]
+    people = [
+        [None if point is None else ((index + point[0] * size * 2) / 9, point[1] * size) for point in PERSON]
+        for index, size in enumerate(sizes)
+    ]
+    networks = {"openpose_body": PlantedBody(*people), "openpose_face": Planted(count)}
+    image = np.full((256, 1024, 3), 90, np.uint8)
+    source = Source(image, None, 0, {"resolution": 0}, networks)
+    drawn, bodies = pose.face(source), pose.body(source)
+    assert len(seen) == pose.CLOSE_UPS
+    wrists = (bodies == (170, 255, 0)).all(axis=2).astype(np.uint8)
+    assert cv2.connectedComponents(wrists)[0] - 1 == len(people)
+    last = slice(1024 * pose.CLOSE_UPS // 9, None)
+    assert np.array_equal(drawn[:, last], bodies[:, last])
+    assert not np.array_equal(drawn, bodies)
 
 
 @pytest.mark.full

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from serve_app.annotators import depth, lineart, softedge
-from serve_app.annotators.geometry import at_resolution, look
+from serve_app.annotators.geometry import LARGEST_AREA, at_resolution, look
 from serve_app.annotators.source import Annotator, Source
 from serve_app.images import resize_image
 from serve_app.tasks import ImageArray
@@ -93,6 +93,13 @@ def test_strips_do_not_grow_without_bound() -> None:
     looked_at = at_resolution(Source(strip, None, 0, {"resolution": 512}))
     assert looked_at.shape[0] * looked_at.shape[1] <= 4.1 * 512 * 512
     assert looked_at.shape[1] / looked_at.shape[0] == pytest.approx(16, rel=0.02)
+
+
+@pytest.mark.parametrize(("width", "height"), [(1024, 64), (64, 1024), (1024, 256), (1024, 512)])
+def test_no_network_sees_more_than_the_largest_area(width: int, height: int) -> None:
+    looked_at = at_resolution(Source(np.zeros((height, width, 3), np.uint8), None, 0, {"resolution": 1024}))
+    assert looked_at.shape[0] * looked_at.shape[1] == pytest.approx(LARGEST_AREA, rel=0.01)
+    assert looked_at.shape[1] / looked_at.shape[0] == pytest.approx(width / height, rel=0.02)
 
 
 @given(

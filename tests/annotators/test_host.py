@@ -1,5 +1,6 @@
 """The host of detector networks: loaded once, within its budget, failures told and forgotten."""
 
+import errno
 import os
 import sys
 import threading
@@ -151,6 +152,23 @@ def test_files_replaced_while_they_are_read_are_not_used(tmp_path: Path, monkeyp
             pass
     with fresh.lease(("pidinet",)):
         assert fresh.loaded() == ("pidinet",)
+
+
+@pytest.mark.parametrize(("reason", "kept"), [(OSError(errno.EIO, "I/O error"), False), (OSError("no header"), True)])
+def test_what_the_system_did_to_a_load_is_no_damage(
+    filled: DetectorHost, monkeypatch: pytest.MonkeyPatch, reason: OSError, kept: bool
+) -> None:
+    def broken(path: Path) -> object:
+        raise ModelLoadFailed(f"{path}") from reason
+
+    fresh = host(filled)
+    with monkeypatch.context() as patch:
+        patch.setattr(networks, "pidinet", broken)
+        with pytest.raises(ModelLoadFailed, match="damaged"), fresh.lease(("pidinet",)):
+            pass
+    assert (fresh.problem("pidinet") is not None) == kept
+    with fresh.lease(("pidinet",)):  # what is told does not keep anybody from trying
+        assert fresh.problem("pidinet") is None
 
 
 def test_a_full_device_is_told_in_our_words(filled: DetectorHost) -> None:

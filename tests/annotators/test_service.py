@@ -21,7 +21,7 @@ from serve_app.annotators.service import AnnotatorService
 from serve_app.annotators.weights import WeightStore
 from serve_app.config import AnnotatorConfig
 from serve_app.database import Database
-from serve_app.errors import AnnotatorUnavailable, JobError, RetryableError
+from serve_app.errors import AnnotatorUnavailable, JobError, ModelLoadFailed, RetryableError
 from serve_app.images import resize_image
 from serve_app.metrics import PrometheusMeter
 from serve_app.storage.local import LocalStore
@@ -240,6 +240,58 @@ async def test_detectors_run_one_at_a_time_and_others_beside_them(start: Start) 
     meter.gate.set()
     await asyncio.gather(*slow)
     assert (meter.most, service.runs) == (1, 4)
+
+
+async def test_detectors_that_wait_leave_places_for_cheap_maps(start: Start) -> None:
+    """Serve lets so many calls into a replica. There were four places once, which as many detectors filled."""
+    meter = SlowMeter()
+    service = start(meter=meter).service
+    places = asyncio.Semaphore(AnnotatorConfig().max_ongoing)
+
+    async def call(wanted: AnnotationTask) -> None:
+        async with places:
+            await service.annotate(wanted, PHOTO, None, None)
+
+    slow = [asyncio.create_task(call(task().model_copy(update={"seed": seed}))) for seed in range(12)]
+    while not meter.now:  # noqa: ASYNC110  - it happens in a thread
+        await asyncio.sleep(0.01)
+    await asyncio.wait_for(call(task("canny")), 60)
+    assert not any(one.done() for one in slow)
+    meter.gate.set()
+    await asyncio.gather(*slow)
+
+
+@pytest.mark.parametrize("control_type", ["tile", "canny", "none", "depth"])
+async def test_nobody_can_write_into_a_map(start: Start, control_type: str) -> None:
+    wanted = task("canny" if control_type == "none" else control_type)
+    if control_type == "none":
+        wanted = wanted.model_copy(update={"auto_hint": False})
+    made, _ = await start().service.annotate(wanted, PHOTO, None, None)
+    assert not made.flags.writeable
+    assert PHOTO.flags.writeable
+
+
+async def test_damaged_weights_are_missing_once_they_were_tried_until_they_change(start: Start, tmp_path: Path) -> None:
+    store = make_store(tmp_path / "weights", "depth_anything_v2")
+    path = store.require("depth_anything_v2")
+    good = path.read_bytes()
+    path.write_bytes(good[:-100])
+    replica = start(store)
+
+    def missing() -> str | None:
+        return replica.service.stats("a", "node").missing.get("depth_anything_v2")
+
+    assert missing() is None
+    with pytest.raises(ModelLoadFailed):
+        await depth(replica)
+    told = missing()
+    assert told is not None
+    assert "are damaged" in told
+    assert "controlnet-serve weights verify depth_anything_v2" in told
+    path.write_bytes(good)
+    assert missing() is None
+    await depth(replica)
+    assert missing() is None
 
 
 async def test_cancelled_calls_leave_no_work_behind(start: Start) -> None:

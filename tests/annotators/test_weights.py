@@ -57,6 +57,18 @@ class TestReadiness:
         for words in ("ControlNetHED", "lllyasviel/Annotators", "Apache-2.0", "controlnet-serve weights fetch hed"):
             assert words in hed.reason
 
+    def test_what_is_published_is_named_with_the_whole_way(self, tmp_path: Path) -> None:
+        found = readiness(WeightStore(tmp_path))
+        leres, midas = found["leres"], found["midas"]
+        assert isinstance(leres, Missing)
+        assert "the weights res101.pth from the repository lllyasviel/Annotators" in leres.reason
+        assert leres.reason.endswith(
+            "run: controlnet-serve weights fetch leres, then controlnet-serve weights convert leres, "
+            "with the server's --data or -c"
+        )
+        assert isinstance(midas, Missing)
+        assert midas.reason.endswith("run: controlnet-serve weights fetch midas, with the server's --data or -c")
+
     def test_the_service_says_the_same(self, tmp_path: Path) -> None:
         with pytest.raises(AnnotatorUnavailable, match="controlnet-serve weights fetch mlsd"):
             WeightStore(tmp_path).require("mlsd")
@@ -65,7 +77,8 @@ class TestReadiness:
         write_pickle(tmp_path, "pidinet")
         state = readiness(WeightStore(tmp_path))["pidinet"]
         assert isinstance(state, Missing)
-        assert "weights convert pidinet" in state.reason
+        assert "table5_pidinet.pth" in state.reason
+        assert "run: controlnet-serve weights convert pidinet, with" in state.reason
 
     def test_the_hubs_own_layout_is_read(self, tmp_path: Path) -> None:
         write_transformer(tmp_path, "upernet")
@@ -128,6 +141,15 @@ class TestConvert:
                 torch.equal(file.get_tensor(name.removeprefix("module.")), published[name]) for name in published
             )
             assert file.metadata()["source_sha256"] == store.row("pidinet").sha256
+
+    @pytest.mark.parametrize("umask", [0o022, 0o077])
+    def test_who_may_read_it_is_for_the_umask_to_say(self, tmp_path: Path, umask: int) -> None:
+        before = os.umask(umask)
+        try:
+            path = make_store(tmp_path, "pidinet").require("pidinet")
+        finally:
+            os.umask(before)
+        assert path.stat().st_mode & 0o777 == 0o666 & ~umask
 
     def test_leres_is_converted_from_the_names_that_its_library_loads(self, tmp_path: Path) -> None:
         """``LeresDetector.from_pretrained`` of controlnet-aux 0.0.10: RelDepthModel, strictly, less ``module.``."""
@@ -282,13 +304,16 @@ def hub() -> Iterator[tuple[str, dict[str, bytes]]]:
             thread.join()
 
 
-def weights_command(hub: str, data: Path, *arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+def weights_command(
+    hub: str, data: Path, *arguments: str, stdout: int = subprocess.PIPE, **variables: str
+) -> "subprocess.CompletedProcess[str]":
     """``variables``: of the process's environment; the switch of the tests' own process is not handed on."""
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     return subprocess.run(
         [sys.executable, "-c", "from serve_app.cli import main; main()", "weights", *arguments, "--data", str(data)],
         env=environment | {"HF_ENDPOINT": hub, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **variables},
-        capture_output=True,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
         text=True,
         check=False,
     )
@@ -360,6 +385,17 @@ class TestCommands:
         assert re.search("^run: controlnet-serve weights fetch hed .*face_landmarker$", done.stdout, re.MULTILINE)
         assert "run: controlnet-serve weights convert mlsd\n" in done.stdout
         assert "canny" not in done.stdout
+
+    def test_a_terminal_that_is_gone_is_no_fault_of_the_weights(self, tmp_path: Path) -> None:
+        """As in ``weights convert --all | head``."""
+        reading, writing = os.pipe()
+        os.close(reading)
+        try:
+            done = weights_command("http://127.0.0.1:9", tmp_path, "convert", "face_landmarker", stdout=writing)
+        finally:
+            os.close(writing)
+        assert done.returncode == 1
+        assert done.stderr == ""
 
     def test_nothing_named_is_a_mistake(self, tmp_path: Path) -> None:
         done = weights_command("http://127.0.0.1:9", tmp_path, "convert")

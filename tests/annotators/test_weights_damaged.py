@@ -18,7 +18,9 @@ import torch
 from safetensors.torch import load_file, save
 from typer.testing import CliRunner
 
-from serve_app.annotators.convert import convert, verify
+from serve_app.annotators import Missing, readiness
+from serve_app.annotators.convert import NO_DIGEST, convert, verify
+from serve_app.annotators.detectors import DetectorHost
 from serve_app.annotators.weights import NETWORKS, WEIGHTS, WeightStore
 from serve_app.cli import app
 from serve_app.errors import AnnotatorUnavailable, ModelLoadFailed, UnsafeModel
@@ -161,6 +163,28 @@ def test_what_a_pickle_of_a_known_hash_was_converted_to(tmp_path: Path) -> None:
         verify(WeightStore(tmp_path, WEIGHTS), "midas")
 
 
+@pytest.mark.parametrize("damage", ["bytes", "types"])
+def test_what_was_damaged_after_it_was_converted_is_told(tmp_path: Path, damage: str) -> None:
+    store = make_store(tmp_path, "pidinet")
+    path = store.require("pidinet")
+    good = path.read_bytes()
+    assert verify(store, "pidinet").compared
+    bad = bytearray(good)
+    bad[-1000] ^= 1
+    path.write_bytes(bad if damage == "bytes" else good.replace(b'"F32"', b'"I32"', 1))
+    with pytest.raises(ModelLoadFailed, match=rf"{path}: damaged: its tensors have the SHA-256 \w+"):
+        verify(store, "pidinet")
+
+
+def test_what_an_older_version_converted_is_not_called_the_same(tmp_path: Path) -> None:
+    store = make_store(tmp_path, "pidinet")
+    path = store.require("pidinet")
+    path.write_bytes(save(load_file(path), {"source_sha256": str(store.row("pidinet").sha256)}))
+    found = verify(store, "pidinet")
+    assert not found.compared
+    assert "converted by an older version: no digest to compare" in found.uncompared == NO_DIGEST
+
+
 def test_files_in_the_way_are_one_line_each(tmp_path: Path) -> None:
     """In the command: the names after a bad one have their turn."""
     folder = make_store(tmp_path / "annotators", "pidinet", "upernet").folder
@@ -197,12 +221,35 @@ def test_what_may_not_be_read_is_told() -> None:
         assert verify(store, "pidinet").compared  # and what it imports is imported
         Path(folder).chmod(0o755)
         path.chmod(0)
-        with nobody(), pytest.raises(ModelLoadFailed, match=r"(?i)table5_pidinet.*permission denied"):
-            verify(store, "pidinet")
+        with nobody():
+            assert store.state("pidinet") == "unreadable"
+            assert isinstance(readiness(store)["pidinet"], Missing)
+            with pytest.raises(AnnotatorUnavailable, match=r"table5_pidinet.safetensors .*cannot be read by this user"):
+                verify(store, "pidinet")
         path.parent.chmod(0)
         with nobody(), pytest.raises(AnnotatorUnavailable, match="not in the weights folder"):
             verify(store, "pidinet")
         path.parent.chmod(0o700)
+
+
+def test_a_file_taken_away_from_this_user_at_the_last_moment_is_not_called_damaged() -> None:
+    """``require`` looks first; what it saw may have changed when the file is opened."""
+
+    class Late(WeightStore):
+        def problem(self, network: str) -> None: ...
+
+    with tempfile.TemporaryDirectory() as folder:
+        store = make_store(Path(folder), "pidinet")
+        Path(folder).chmod(0o755)
+        host = DetectorHost(Late(store.folder, store.table), "cpu")
+        with host.lease(("pidinet",)):
+            pass
+        store.require("pidinet").chmod(0)
+        other = DetectorHost(Late(store.folder, store.table), "cpu")
+        with nobody():
+            with pytest.raises(ModelLoadFailed, match="cannot be read by this user"), other.lease(("pidinet",)):
+                pass
+            assert other.problem("pidinet") is None  # it may pass
 
 
 class _Bomb:

@@ -71,6 +71,17 @@ def test_what_is_published_and_there_is_not_asked_for_again(make_mirror: MakeMir
         mirror.fetch(WeightStore(made.folder), "pidinet")
 
 
+def test_a_converted_file_that_was_damaged_is_downloaded_anew(make_mirror: MakeMirror, tmp_path: Path) -> None:
+    made = make_store(tmp_path / "made", "pidinet")
+    mirror = make_mirror(made.folder)
+    path = made.require("pidinet")
+    good = path.read_bytes()
+    bad = bytearray(good)
+    bad[-1000] ^= 1
+    path.write_bytes(bad)
+    assert mirror.fetch(made, "pidinet").read_bytes() == good
+
+
 def test_a_mirror_of_pickles_leaves_them_to_be_converted(make_mirror: MakeMirror, tmp_path: Path) -> None:
     row = write_pickle(tmp_path / "made", "mlsd")
     here = WeightStore(tmp_path / "here", {**WEIGHTS, "mlsd": row})

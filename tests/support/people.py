@@ -30,28 +30,37 @@ close that in small pictures neither hands nor a face are looked for: that takes
 
 
 class PlantedBody(torch.nn.Module):
-    """A body network that sees one person: peaks and limbs where the joints are, at an eighth of its input."""
+    """A body network that sees these people: peaks and limbs where the joints are, at an eighth of its input.
 
-    def __init__(self, joints: Points) -> None:
+    Limbs have one direction anywhere, that of the last person's: the others are the same, moved and scaled.
+    """
+
+    def __init__(self, *people: Points) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.joints = joints
+        self.people = people
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         height, width = pixels.shape[2] // 8, pixels.shape[3] // 8
         heat, fields = torch.zeros(1, 19, height, width), torch.zeros(1, 38, height, width)
+        for joints in self.people:
+            self._see(joints, heat, fields)
+        return fields, heat
+
+    def _see(self, joints: Points, heat: torch.Tensor, fields: torch.Tensor) -> None:
+        height, width = heat.shape[2:]
         rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-        places = [None if joint is None else (joint[0] * width - 0.5, joint[1] * height - 0.5) for joint in self.joints]
+        places = [None if joint is None else (joint[0] * width - 0.5, joint[1] * height - 0.5) for joint in joints]
         for index, place in enumerate(places):
             if place is not None:
-                heat[0, index] = torch.exp(-((columns - place[0]) ** 2 + (rows - place[1]) ** 2) / 2)
+                peak = torch.exp(-((columns - place[0]) ** 2 + (rows - place[1]) ** 2) / 2)
+                heat[0, index] = torch.maximum(heat[0, index], peak)
         for (first, second), (across, down) in zip(LIMBS, FIELDS, strict=True):
             start, end = places[first - 1], places[second - 1]
             if start is not None and end is not None:
                 length = max(1e-6, float(np.hypot(end[0] - start[0], end[1] - start[1])))
                 fields[0, across - 19] = (end[0] - start[0]) / length
                 fields[0, down - 19] = (end[1] - start[1]) / length
-        return fields, heat
 
 
 def see_people(state: MutableMapping[str, Tensor]) -> None:
