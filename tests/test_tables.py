@@ -73,8 +73,8 @@ CONTROLS: dict[str, tuple[str, bool, int | None, dict[str, str]]] = {
     "lineart_anime": ("lineart_anime", True, 3, {"sd15": SD15 + "v11p_sd15s2_lineart_anime", "sdxl": UNION_NET}),
 }  # fmt: skip
 """Default annotator; whether maps hold lines; index in the union net; usual nets. From the nets' model cards.
-The union lists 0 openpose, 1 depth, 2 hed/pidi/scribble/ted, 3 canny/lineart/anime_lineart/mlsd, 4 normal, 5 segment; and
-of its promax version: 6 tile, 7 repaint."""
+Union: 0 openpose, 1 depth, 2 hed/pidi/scribble/ted, 3 canny/lineart/anime_lineart/mlsd, 4 normal, 5 segment, its
+promax version: 6 tile, 7 repaint."""
 
 DEFAULTS: dict[str, dict[str, float]] = {
     "canny": {"low_threshold": 100, "high_threshold": 200},  # the ControlNet model cards
