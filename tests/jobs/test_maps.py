@@ -9,6 +9,7 @@ from serve_app.errors import JobError, WorkerLost
 from serve_app.images import encode_png
 from serve_app.jobs.job import JobSpec, JobStatus
 from serve_app.jobs.lifecycle import submit
+from serve_app.jobs.maps import control_uses
 from serve_app.jobs.store import JobStore
 from serve_app.storage.local import LocalStore
 from serve_app.tasks import MapInput, MapsTask
@@ -94,3 +95,8 @@ async def test_a_job_of_maps_survives_its_record(store: JobStore, objects: Local
     assert found is not None
     assert found.spec.task == spec.task
     assert found.spec.output_names == (spec.output.file_name(0),)
+
+
+def test_a_drawing_that_an_annotator_passes_on_is_brought_to_size_as_one() -> None:
+    spec = maps_spec(CANNY, CANNY.model_copy(update={"annotator": "invert", "params": {}}))
+    assert control_uses(spec) == [("init_image", False), ("init_image", True)]
