@@ -118,7 +118,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         drain = threading.Thread(target=server.stderr.read, daemon=True)
         drain.start()
         yield S3Server(match[1], access_key, secret_key)
-        server.kill()  # it would wait for connections that boto3 keeps open
+        server.terminate()
         drain.join(30)
     finally:
         server.kill()
