@@ -12,7 +12,7 @@ output's size in any case."""
 
 
 def _resolution(default: int = 0) -> Param:
-    what = "Short side in pixels at which the detector looks; 0: the output's own size (pixel perfect). At most 1.5 megapixels"
+    what = "Short side in pixels at which the detector looks, 1.5 megapixels at most; 0: the output's own size"
     return Param("resolution", default, 64, 1024, 64, what, or_zero=True, whole=True)
 
 
