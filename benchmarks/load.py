@@ -7,27 +7,17 @@ results/load.json beside this file and prints a table. ``rows`` is the mean numb
 """
 
 import argparse
-import os
-import signal
-import socket
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import httpx2
 from report import RESULTS, machine, write
+from server import Server, own_server
 
 from workloads import unlike_requests
-
-API = "/api/v1/enterprise"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,75 +47,32 @@ def _median_seconds(rounds: Sequence[Round]) -> float:
     return statistics.median(one.seconds for one in rounds)
 
 
-class Server:
-    """A running server as its client sees it."""
-
-    def __init__(self, url: str, key: str) -> None:
-        self._http = httpx2.Client(base_url=url, timeout=600)
-        self._key = key
-
-    def draw(self, body: Mapping[str, object]) -> None:
-        """Send one request and wait for its picture."""
-        answer = self._post("controlnet", body)
-        while answer["status"] == "processing":
-            time.sleep(0.1)
-            answer = self._post("fetch", {"request_id": answer["id"]})
-        if answer["status"] != "success":
-            raise RuntimeError(f"the request failed: {answer}")
-
-    def counters(self) -> tuple[int, int]:
-        """UNet forwards and rows so far, over all replicas."""
-        denoisers = self._post("system_details", {})["denoisers"]
-        return sum(d["unet_forwards"] for d in denoisers), sum(d["unet_rows"] for d in denoisers)
-
-    def measure(self, bodies: Sequence[Mapping[str, object]], at_once: int) -> Round:
-        """Send all bodies, ``at_once`` at a time."""
-        forwards, rows = self.counters()
-        begin = time.perf_counter()
-        with ThreadPoolExecutor(at_once) as pool:
-            list(pool.map(self.draw, bodies))
-        seconds = time.perf_counter() - begin
-        forwards_after, rows_after = self.counters()
-        return Round(round(seconds, 3), round((rows_after - rows) / (forwards_after - forwards), 2))
-
-    def _post(self, path: str, body: Mapping[str, object]) -> dict[str, Any]:
-        answer: dict[str, Any] = self._http.post(f"{API}/{path}", json={**body, "key": self._key}).json()
-        return answer
+def counters(server: Server) -> tuple[int, int]:
+    """UNet forwards and rows so far, over all replicas."""
+    denoisers = server.post("system_details", {})["denoisers"]
+    return sum(d["unet_forwards"] for d in denoisers), sum(d["unet_rows"] for d in denoisers)
 
 
-@contextmanager
-def own_server() -> Iterator[tuple[str, str]]:
-    """A server of this checkout; ended by SIGINT, as Ctrl-C would."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    key = "benchmark-key-0123456789"
-    with tempfile.TemporaryDirectory() as data:
-        environ = os.environ | {"PORT": str(port), "DATA": data, "KEY": key}
-        process = subprocess.Popen(
-            [sys.executable, "-m", "deployments.serve"], env=environ, stdout=subprocess.PIPE, text=True
-        )
-        try:
-            for line in process.stdout or ():
-                if "Ctrl-C" in line:
-                    break
-            if process.poll() is not None:
-                raise RuntimeError(f"the server ended with status {process.returncode}")
-            yield f"http://127.0.0.1:{port}", key
-        finally:
-            process.send_signal(signal.SIGINT)
-            process.communicate(timeout=60)
+def measure(server: Server, bodies: Sequence[Mapping[str, object]], at_once: int) -> Round:
+    """Send all bodies, ``at_once`` at a time."""
+    forwards, rows = counters(server)
+    begin = time.perf_counter()
+    with ThreadPoolExecutor(at_once) as pool:
+        list(pool.map(server.draw, bodies))
+    seconds = time.perf_counter() - begin
+    forwards_after, rows_after = counters(server)
+    return Round(round(seconds, 3), round((rows_after - rows) / (forwards_after - forwards), 2))
 
 
 def run(server: Server, arguments: argparse.Namespace) -> list[Result]:
     results = []
     for size in arguments.sizes:
         bodies = unlike_requests(arguments.requests, size, arguments.steps)
-        server.measure(bodies[:2], 2)  # warm up: models, caches
+        measure(server, bodies[:2], 2)  # warm up: models, caches
         sequential, concurrent = [], []
         for _ in range(arguments.repetitions):
-            sequential.append(server.measure(bodies, 1))
-            concurrent.append(server.measure(bodies, len(bodies)))
+            sequential.append(measure(server, bodies, 1))
+            concurrent.append(measure(server, bodies, len(bodies)))
         results.append(Result(size, len(bodies), arguments.steps, sequential, concurrent))
     return results
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from serve_app.models.demo.build import build_tiny_base
+from support.built import build_base
 
 
 def cli(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
@@ -29,7 +29,7 @@ def test_keys_from_making_to_revoking(tmp_path: Path) -> None:
 
 
 def test_a_model_is_published_and_removed(tmp_path: Path) -> None:
-    folder = build_tiny_base(tmp_path / "tiny")
+    folder = build_base(tmp_path / "tiny")
     added = cli("models", "add", "tiny", folder, "--family", "tests", "--data", tmp_path)
     assert added.stdout.startswith("tiny  base  tests"), added.stderr
     assert "tiny" in cli("models", "list", "--data", tmp_path).stdout

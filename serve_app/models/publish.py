@@ -12,7 +12,7 @@ from serve_app.config import AppConfig, ModelSource
 from serve_app.controls import CONTROL_TYPES, UNION, union_control_types
 from serve_app.errors import ConfigError, one_of
 from serve_app.models.catalog import Catalog, ModelEntry, ModelType
-from serve_app.models.demo import DEMO_CONTROL_TYPES, DEMO_FAMILY, DEMO_ID, demo_folders, demo_net_id, is_complete
+from serve_app.models.demo import DEMO_CONTROL_TYPES, DEMO_FAMILY, DEMO_ID, demo_net_id, install_demo
 from serve_app.models.sources import ResolvedSource, family_of, resolve
 
 logger = logging.getLogger(__name__)
@@ -84,12 +84,7 @@ def _is_as_listed(unhashed: ModelEntry, found: ResolvedSource, listed: ModelEntr
 
 
 def _demo(config: AppConfig) -> tuple[ModelSource, ...]:
-    folder = config.published_models / "demo"
-    if not is_complete(folder):
-        from serve_app.models.demo.build import build_demo
-
-        build_demo(folder)
-    folders = demo_folders(folder)
+    folders = install_demo(config.published_models / "demo")
     base = ModelSource(id=DEMO_ID, path=folders[DEMO_ID], family=DEMO_FAMILY)
     nets = (
         ModelSource(id=name, path=folders[name], family=DEMO_FAMILY, control_type=control_type)

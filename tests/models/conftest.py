@@ -6,15 +6,15 @@ import pytest
 
 from serve_app.database import Database
 from serve_app.models.catalog import Catalog
-from serve_app.models.demo.build import build_tiny_base, build_tiny_net
+from support.built import build_base, build_net
 
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``base`` and ``net`` of one family, made once; tests that change them take copies."""
     folder = tmp_path_factory.mktemp("built")
-    build_tiny_base(folder / "base")
-    build_tiny_net(folder / "net")
+    build_base(folder / "base")
+    build_net(folder / "net")
     return folder
 
 

@@ -11,9 +11,9 @@ from serve_app.database import Database
 from serve_app.errors import ConfigError, ModelLoadFailed, RetryableError, UnknownModel, WorkerBusy
 from serve_app.models.cache import ComponentCache, pick_dtype
 from serve_app.models.catalog import Catalog
-from serve_app.models.demo.build import build_tiny_net
 from serve_app.models.devices import pick_device
 from serve_app.models.publish import publish
+from support.built import build_net
 
 NETS = ("one", "two", "three")
 CPU = torch.device("cpu")
@@ -176,7 +176,7 @@ async def test_the_event_loop_goes_on_while_a_model_loads(make: CacheMaker) -> N
 async def test_a_model_published_anew_is_loaded_anew(make: CacheMaker, nets: Catalog, tmp_path: Path) -> None:
     cache = make(10)
     old = await cache.net("one")
-    publish(nets, ModelSource(id="one", path=build_tiny_net(tmp_path / "new", seed=9)))
+    publish(nets, ModelSource(id="one", path=build_net(tmp_path / "new", seed=9)))
     new = await cache.net("one")
     assert new.value.hash == nets.get("one").hash != old.value.hash
     assert cache.loaded_bytes == old.value.size_bytes + new.value.size_bytes

@@ -11,8 +11,7 @@ from transformers import CLIPTokenizer
 
 from serve_app.annotators import ANNOTATORS
 from serve_app.controls import CONTROL_TYPES
-from serve_app.models.demo import DEMO_CONTROL_TYPES
-from serve_app.models.demo.build import build_demo, build_tiny_base, build_tiny_net
+from serve_app.models.demo import DEMO_CONTROL_TYPES, install_demo
 from serve_app.models.demo.tokenizer import build_tokenizer
 from serve_app.models.sources import resolve
 
@@ -21,12 +20,14 @@ SIDE = 64
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return build_demo(tmp_path_factory.mktemp("models") / "demo")
+    return install_demo(tmp_path_factory.mktemp("models") / "demo")
 
 
 @pytest.fixture(scope="module")
 def pipeline(demo: dict[str, Path]) -> Any:
-    made = StableDiffusionPipeline.from_pretrained(demo["demo"], local_files_only=True, use_safetensors=True)
+    made = StableDiffusionPipeline.from_pretrained(
+        demo["demo"], local_files_only=True, use_safetensors=True, torch_dtype=torch.float32
+    )
     made.set_progress_bar_config(disable=True)
     return made
 
@@ -54,25 +55,15 @@ def picture() -> torch.Tensor:
 
 def test_every_control_type_that_needs_no_weights_has_a_net() -> None:
     others = {"aesthetic-controlnet", "qrcode"}  # nets of other projects, with these control types' maps
-    assert (
-        set(DEMO_CONTROL_TYPES)
-        == {name for name, row in CONTROL_TYPES.items() if not ANNOTATORS[row.annotator].networks} - others
-    )
+    weightless = {name for name, row in CONTROL_TYPES.items() if not ANNOTATORS[row.annotator].networks}
+    assert set(DEMO_CONTROL_TYPES) >= weightless - others
 
 
 def test_the_demo_is_the_same_everywhere(demo: dict[str, Path], tmp_path: Path) -> None:
-    again = build_demo(tmp_path / "elsewhere")
+    again = install_demo(tmp_path / "elsewhere")
     for name, folder in demo.items():
         assert resolve(again[name]).hash() == resolve(folder).hash(), name
     assert len({resolve(folder).hash() for folder in demo.values()}) == len(demo)
-
-
-def test_building_does_not_disturb_random_numbers(tmp_path: Path) -> None:
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    build_tiny_net(tmp_path / "net")
-    assert torch.equal(torch.rand(3), expected)
 
 
 def test_a_complete_demo_is_kept_and_another_version_replaced(tmp_path: Path) -> None:
@@ -80,21 +71,15 @@ def test_a_complete_demo_is_kept_and_another_version_replaced(tmp_path: Path) ->
     folder.mkdir()
     (folder / "half").write_text("an attempt that was cut off")
     (tmp_path / ".demo.partial").mkdir()
-    base = build_demo(folder)["demo"]
+    base = install_demo(folder)["demo"]
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
     assert not (folder / "half").exists()
     kept = (base / "model_index.json").stat().st_ino
-    build_demo(folder)
+    install_demo(folder)
     assert (base / "model_index.json").stat().st_ino == kept
     (folder / "VERSION").write_text("0")
-    build_demo(folder)
+    install_demo(folder)
     assert (base / "model_index.json").stat().st_ino != kept
-
-
-def test_the_same_arguments_make_the_same_tiny_model(built: Path, tmp_path: Path) -> None:
-    assert resolve(build_tiny_base(tmp_path / "base")).hash() == resolve(built / "base").hash()
-    assert resolve(build_tiny_base(tmp_path / "other", seed=1)).hash() != resolve(built / "base").hash()
-    assert resolve(build_tiny_net(tmp_path / "net")).hash() == resolve(built / "net").hash()
 
 
 def test_pictures_are_no_constant_and_follow_prompt_and_seed(pipeline: Any) -> None:
@@ -115,9 +100,6 @@ def test_every_net_changes_the_picture(control_type: str, pipeline: Any, demo: d
     controlled = draw(made, image=picture())
     assert np.abs(controlled - free).mean() > 0.02
     assert net.config.global_pool_conditions == (control_type == "shuffle")
-    if control_type != "shuffle":
-        red = controlled[..., 0] - free[..., 0]
-        assert red[:, SIDE // 2 :].mean() > red[:, : SIDE // 2].mean() + 0.05, "the hint does not show where it is"
 
 
 def test_the_vae_gives_back_what_it_was_given(pipeline: Any) -> None:
@@ -155,6 +137,8 @@ def test_common_words_are_one_token_each(tokenizer: CLIPTokenizer) -> None:
 
 def test_the_folder_may_be_moved(pipeline: Any, demo: dict[str, Path], tmp_path: Path) -> None:
     copy = shutil.copytree(demo["demo"], tmp_path / "copy")
-    other = StableDiffusionPipeline.from_pretrained(copy, local_files_only=True, use_safetensors=True)
+    other = StableDiffusionPipeline.from_pretrained(
+        copy, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32
+    )
     other.set_progress_bar_config(disable=True)
     assert np.array_equal(draw(other), draw(pipeline))

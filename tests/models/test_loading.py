@@ -21,10 +21,10 @@ from serve_app.errors import (
     WorkerLost,
 )
 from serve_app.models.catalog import Catalog, ModelEntry, ModelType
-from serve_app.models.demo.build import build_tiny_base
 from serve_app.models.loading import _guarded, load_base, load_net
 from serve_app.models.publish import publish
 from serve_app.models.sources import ResolvedSource, resolve
+from support.built import build_base
 
 CPU = torch.device("cpu")
 
@@ -88,7 +88,7 @@ def test_files_that_changed_since_are_not_taken_for_the_model(base: Path, base_e
 
 
 def test_another_family_in_the_folder_is_refused(base_entry: ModelEntry) -> None:
-    build_tiny_base(Path(base_entry.location), cross_attention_dim=32)
+    build_base(Path(base_entry.location), cross_attention_dim=32)
     with pytest.raises(FamilyMismatch, match=r"'dream'.*custom16.*custom32"):
         load_base(base_entry, CPU, torch.float32)
 

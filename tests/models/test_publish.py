@@ -10,8 +10,7 @@ import pytest
 from serve_app.config import AppConfig, ModelSource
 from serve_app.errors import ConfigError, FamilyMismatch, UnsafeModel
 from serve_app.models.catalog import Catalog, ModelType
-from serve_app.models.demo import DEMO_CONTROL_TYPES
-from serve_app.models.demo.build import build_demo
+from serve_app.models.demo import DEMO_CONTROL_TYPES, install_demo
 from serve_app.models.publish import publish, publish_all
 from serve_app.models.sources import resolve
 
@@ -129,7 +128,7 @@ TORCH = "print('torch' in sys.modules or 'diffusers' in sys.modules or 'transfor
 
 
 def test_a_complete_demo_is_published_without_torch(tmp_path: Path) -> None:
-    build_demo(tmp_path / "models" / "demo")
+    install_demo(tmp_path / "models" / "demo")
     process = subprocess.run(
         [sys.executable, "-c", PUBLISH + TORCH, str(tmp_path)], stdout=subprocess.PIPE, text=True, check=True
     )

@@ -1,26 +1,24 @@
-"""The demo model: a base model and six ControlNets made by code in seconds, so that everything runs with no download.
+"""The demo model: a miniature Stable Diffusion, trained on scenes that the project draws itself.
 
-It has the shape of Stable Diffusion 1.5, tiny, and goes through the same loading code as any other model. It was not
-trained: its weights are random, but for a path laid through them (``weights.py``) by which the VAE keeps pictures
-recognisable, samplers stay stable and a control map shows in the output. It knows nothing of the world.
+With it everything runs, and what comes out can be judged, with no download. The prompt decides what is drawn, the
+control map where. It knows coloured shapes on coloured grounds and nothing else of the world.
 
-This module needs no torch: a process that finds the demo complete doesn't either.
+Its weights lie in ``trained``; ``train`` and ``export`` made them. This module needs no torch.
 """
 
+import shutil
 from pathlib import Path
 
 DEMO_ID = "demo"
 DEMO_FAMILY = "demo"
-DEMO_CONTROL_TYPES = ("canny", "scribble", "inpaint", "lineart", "shuffle", "tile")
-"""Built-in control types that need no weights to annotate; ``demo-<type>`` is the ControlNet of each."""
+DEMO_CONTROL_TYPES = ("canny", "scribble", "lineart", "segmentation", "depth", "inpaint", "tile", "shuffle")
+"""``demo-<type>`` is the ControlNet of each."""
 
 TRAINED = Path(__file__).parent / "trained"
 """The model as the package ships it, in diffusers layout."""
 
-VERSION = "2"
-"""Goes up with every change of what is built; a folder of another version is built anew."""
 VERSION_FILE = "VERSION"
-"""Written last."""
+"""A hash of the weights. Where the model is installed it is written last."""
 
 
 def demo_net_id(control_type: str) -> str:
@@ -33,7 +31,17 @@ def demo_folders(folder: Path) -> dict[str, Path]:
     return {name: folder / name for name in names}
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether the demo model of this version lies under ``folder``, whole."""
-    marker = folder / VERSION_FILE
-    return marker.is_file() and marker.read_text() == VERSION
+def install_demo(folder: Path) -> dict[str, Path]:
+    """Copy the demo model to ``folder`` unless this version is there whole; catalogue id to folder, base first.
+
+    Written under a temporary name and renamed, so that ``folder`` is never half there. Callers in several processes
+    hold a lock around it.
+    """
+    marker, version = folder / VERSION_FILE, (TRAINED / VERSION_FILE).read_text()
+    if not (marker.is_file() and marker.read_text() == version):
+        partial = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(TRAINED, partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    return demo_folders(folder)

@@ -13,7 +13,7 @@ from serve_app.models.demo.diffusion import Batches, DiffusionModel, NoiseSource
 from serve_app.models.demo.networks import make_net
 from serve_app.models.demo.scenes import render
 
-BATCHES: Batches = ((128, 12), (256, 6), (512, 2))
+BATCHES: Batches = ((512, 2), (256, 6), (512, 2))
 """Side and number of pictures in a batch, by turns."""
 DROPPED = 0.3
 """Share of empty prompts: in guess mode the map alone has to do."""

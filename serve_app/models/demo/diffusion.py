@@ -51,15 +51,23 @@ class Phase:
     """Share of each batch that is guided by line drawings."""
     from_step: int = 0
     """Least timestep."""
+    beta_end: float = NOISE_SCHEDULE["beta_end"]
 
+
+_MILD = 0.012
+"""Stable Diffusion's."""
 
 PHASES: tuple[Phase, ...] = (
-    Phase("words", 20, ((64, 64),), guided=0.0, from_step=600),
-    Phase("diffusion", 21, ((128, 16), (128, 16), (128, 16), (256, 6)), guided=0.5),
-    Phase("served-size", 22, ((512, 2), (256, 6)), guided=0.5),
+    Phase("words", 20, ((64, 64),), guided=0.0, from_step=600, beta_end=_MILD),
+    Phase("diffusion", 21, ((128, 16), (128, 16), (128, 16), (256, 6)), guided=0.5, beta_end=_MILD),
+    Phase("served-size", 22, ((512, 2), (256, 6)), guided=0.5, beta_end=_MILD),
+    Phase("guided", 23, ((512, 2), (256, 6), (128, 12)), guided=0.9),
+    Phase("large", 24, ((512, 3),), guided=0.9),
 )
 """In order; each goes on from the one before. First what words mean, from many tiny pictures that are nearly noise,
-where nothing but the prompt says what they are: without this phase the prompt had no influence after 900 steps.
+where nothing but the prompt says what they are: without this phase the prompt had no influence after 900 steps. Last
+the noise that the model is served with, and maps to follow; at the served size it takes
+thousands of pictures until not only the lines are in their place but also what they enclose.
 """
 LINES = ("canny", "canny", "lineart", "scribble")
 """What the first ControlNet is shown, each as often as it is named."""
@@ -85,13 +93,13 @@ class Noised:
 
 
 class NoiseSource:
-    """Adds noise by Stable Diffusion's schedule: x = a latent + s noise, with a^2 + s^2 = 1.
+    """Adds noise as Stable Diffusion does, up to ``beta_end``: x = a latent + s noise, with a^2 + s^2 = 1.
 
     v = a noise - s latent (Salimans and Ho, Progressive Distillation, 2022, appendix D).
     """
 
-    def __init__(self) -> None:
-        alphas = DDPMScheduler.from_config(dict(NOISE_SCHEDULE)).alphas_cumprod
+    def __init__(self, beta_end: float = NOISE_SCHEDULE["beta_end"]) -> None:
+        alphas = DDPMScheduler.from_config({**NOISE_SCHEDULE, "beta_end": beta_end}).alphas_cumprod
         self.signal, self.spread = alphas.sqrt(), (1 - alphas).sqrt()
         snr = alphas / (1 - alphas)
         self.weights = (snr.clamp(max=MIN_SNR) + 1) / (snr + 1)
@@ -204,7 +212,7 @@ class DiffusionStage:
             AttnProcessor()
         )  # on a CPU, for small pictures, four times as fast backwards
         self.bf16 = bf16
-        self.scenes, self.noise = Scenes(latents, phase.batches), NoiseSource()
+        self.scenes, self.noise = Scenes(latents, phase.batches), NoiseSource(phase.beta_end)
         self.prompts = Prompts(self.model.tokenizer, DROPPED)
 
     def loss(self, step: int, random: np.random.Generator) -> Tensor:

@@ -1,9 +1,11 @@
 """Saves what was trained in diffusers layout, as half-precision safetensors: the files that the package ships.
 
-``python -m serve_app.models.demo.export --work FOLDER`` puts them where ``build_demo`` takes them from.
+``python -m serve_app.models.demo.export --work FOLDER`` puts them where ``install_demo`` takes them from.
 """
 
 import argparse
+import hashlib
+import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,15 +13,17 @@ from pathlib import Path
 import torch
 from diffusers import PNDMScheduler, StableDiffusionPipeline
 
-from serve_app.models.demo import DEMO_CONTROL_TYPES, DEMO_ID, TRAINED, demo_net_id
+from serve_app.models.demo import DEMO_CONTROL_TYPES, DEMO_ID, TRAINED, VERSION_FILE, demo_net_id
 from serve_app.models.demo.control import POOLED
 from serve_app.models.demo.networks import NOISE_SCHEDULE, make_net
-from serve_app.models.demo.train import autoencoder, diffusion_model
-from serve_app.models.demo.training import restore
+from serve_app.models.demo.train import STAGES, autoencoder, diffusion_model
+from serve_app.models.demo.training import curve, restore
+from serve_app.models.sources import resolve
 
 
 def export(work: Path, folder: Path, control_types: Iterable[str] = DEMO_CONTROL_TYPES) -> Path:
-    """Write the base model and the nets of ``control_types`` under ``folder``, whose content they replace.
+    """Write the base model and the nets of ``control_types`` under ``folder``, whose content they replace, with the
+    loss curves of all stages beside them.
 
     Raises:
         FileNotFoundError: one of them was not trained in ``work``.
@@ -42,6 +46,10 @@ def export(work: Path, folder: Path, control_types: Iterable[str] = DEMO_CONTROL
     pipeline.to(dtype=torch.float16).save_pretrained(folder / DEMO_ID, safe_serialization=True)
     for control_type, net in nets.items():
         net.to(dtype=torch.float16).save_pretrained(folder / demo_net_id(control_type), safe_serialization=True)
+    hashes = [resolve(each).hash() for each in (folder / DEMO_ID, *(folder / demo_net_id(name) for name in nets))]
+    curves = {stage: curve(work / stage) for stage in STAGES if (work / stage / "curve.jsonl").exists()}
+    (folder / "curves.json").write_text(json.dumps(curves, indent=None, separators=(",", ":")))
+    (folder / VERSION_FILE).write_text(hashlib.sha256("".join(hashes).encode()).hexdigest())
     return folder
 
 

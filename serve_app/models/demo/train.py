@@ -65,10 +65,12 @@ PLAN = Plan(
     phases={
         "words": Schedule(steps=500, rate=1e-3, decay=0.99),
         "diffusion": Schedule(steps=8000, rate=1e-3, decay=0.995),
-        "served-size": Schedule(steps=300, rate=3e-4, warmup=20, decay=0.99),
+        "served-size": Schedule(steps=1200, rate=5e-4, warmup=20, decay=0.99),
+        "guided": Schedule(steps=1200, rate=8e-4, warmup=20, decay=0.99),
+        "large": Schedule(steps=1500, rate=1e-3, warmup=20, decay=0.99),
     },
-    net=Schedule(steps=300, rate=1e-3, warmup=20, decay=0.99),
-    scenes={64: 6_000, 128: 6_000, 256: 1_600, 512: 300},
+    net=Schedule(steps=800, rate=8e-4, warmup=20, decay=0.99),
+    scenes={64: 6_000, 128: 6_000, 256: 1_600, 512: 900},
 )
 
 

@@ -129,6 +129,11 @@ class Training:
         curve.write_text("".join(line + "\n" for line in kept))
 
 
+def curve(folder: Path) -> list[dict[str, float]]:
+    """Step, mean loss since the step before, and learning rate, of every checkpoint of a stage."""
+    return [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
+
+
 def restore(module: nn.Module, folder: Path) -> int:
     """Put what a stage has learned so far, averaged, into ``module``; returns the number of its steps.
 
