@@ -1,8 +1,8 @@
 """Seconds per annotator: every row of ANNOTATORS on one photo, with random weights of the real size.
 
 Weights decide the numbers in a map, hardly its time, so none are downloaded: networks get random ones through the real
-converter and loaders. Two rows depend on what is found and are bounds: OpenPose finds nobody here, so hands and faces
-cost nothing, and mediapipe is left out where it is not installed.
+converter and loaders. What OpenPose costs depends on whom it finds: its weights are those of the tests, which see one
+person in the picture of these rows, with two hands and a face. mediapipe is left out, for its weights cannot be made.
 
     python benchmarks/annotators.py --sizes 512 --threads 2 --json benchmarks/results/annotators.json
 """
@@ -34,7 +34,7 @@ from serve_app.annotators import ANNOTATORS, annotate, networks
 from serve_app.annotators.detectors import DetectorHost
 from serve_app.annotators.weights import NETWORKS, WEIGHTS, WeightStore
 from serve_app.controls import CONTROL_TYPES
-from serve_app.tasks import AnnotationTask
+from serve_app.tasks import AnnotationTask, ImageArray
 from support.detectors import make_store
 
 REAL_SIZES: dict[str, Callable[[], nn.Module]] = {
@@ -81,8 +81,15 @@ def build_host(folder: Path, annotators: Sequence[str]) -> DetectorHost:
     return DetectorHost(WeightStore(folder, table), "auto", 32 * 1024**3)
 
 
+def one_person() -> ImageArray:
+    """What the weights of the tests take for a person: one white spot."""
+    photo = np.zeros((512, 512, 3), np.uint8)
+    photo[240:248, 240:248] = 255
+    return photo
+
+
 def measure(host: DetectorHost, name: str, side: int, repetitions: int) -> dict[str, Any]:
-    photo = astronaut()
+    photo = one_person() if name.startswith("openpose") else astronaut()
     kind = next(kind for kind, row in CONTROL_TYPES.items() if name in row.annotators)
     task = AnnotationTask(control_type=kind, annotator=name, width=side, height=side)
     mask = np.zeros(photo.shape[:2], np.uint8)
