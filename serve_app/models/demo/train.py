@@ -72,8 +72,9 @@ PLAN = Plan(
     net=Schedule(steps=800, rate=8e-4, warmup=20, decay=0.99),
     scenes={64: 6_000, 128: 6_000, 256: 1_600, 512: 900},
 )
-"""The shipped weights were trained so, with ``--bf16``; the phases before ``large`` had only the first 300 scenes of 512
-pixels. ``trained/curves.json`` has the losses.
+"""The shipped weights were trained so, with ``--bf16``; phases before ``large`` had the first 300 scenes of 512 pixels.
+
+``trained/curves.json`` has the losses.
 """
 
 
