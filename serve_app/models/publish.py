@@ -10,7 +10,7 @@ from filelock import FileLock
 
 from serve_app.config import AppConfig, ModelSource
 from serve_app.controls import CONTROL_TYPES, UNION, union_control_types
-from serve_app.errors import ConfigError, one_of
+from serve_app.errors import ConfigError, RetryableError, one_of
 from serve_app.models.catalog import Catalog, ModelEntry, ModelType
 from serve_app.models.demo import DEMO_CONTROL_TYPES, DEMO_FAMILY, DEMO_ID, demo_net_id, install_demo
 from serve_app.models.sources import ResolvedSource, family_of, resolve
@@ -84,7 +84,11 @@ def _is_as_listed(unhashed: ModelEntry, found: ResolvedSource, listed: ModelEntr
 
 
 def _demo(config: AppConfig) -> tuple[ModelSource, ...]:
-    folders = install_demo(config.published_models / "demo")
+    folder = config.published_models / "demo"
+    try:
+        folders = install_demo(folder)
+    except OSError as error:
+        raise RetryableError(f"the demo model could not be written to {folder}: {error.strerror}") from error
     base = ModelSource(id=DEMO_ID, path=folders[DEMO_ID], family=DEMO_FAMILY)
     nets = (
         ModelSource(id=name, path=folders[name], family=DEMO_FAMILY, control_type=control_type)

@@ -11,7 +11,7 @@ from transformers import CLIPTokenizer
 
 from serve_app.annotators import ANNOTATORS
 from serve_app.controls import CONTROL_TYPES
-from serve_app.models.demo import DEMO_CONTROL_TYPES, install_demo
+from serve_app.models.demo import DEMO_CONTROL_TYPES, TRAINED, install_demo, version_of
 from serve_app.models.demo.tokenizer import build_tokenizer
 from serve_app.models.sources import resolve
 
@@ -63,7 +63,9 @@ def test_the_demo_is_the_same_everywhere(demo: dict[str, Path], tmp_path: Path) 
     again = install_demo(tmp_path / "elsewhere")
     for name, folder in demo.items():
         assert resolve(again[name]).hash() == resolve(folder).hash(), name
-    assert len({resolve(folder).hash() for folder in demo.values()}) == len(demo)
+    hashes = [resolve(folder).hash() for folder in demo.values()]
+    assert len(set(hashes)) == len(demo)
+    assert (TRAINED / "VERSION").read_text() == version_of(hashes), "installed servers would keep the old weights"
 
 
 def test_a_complete_demo_is_kept_and_another_version_replaced(tmp_path: Path) -> None:
@@ -80,6 +82,14 @@ def test_a_complete_demo_is_kept_and_another_version_replaced(tmp_path: Path) ->
     (folder / "VERSION").write_text("0")
     install_demo(folder)
     assert (base / "model_index.json").stat().st_ino != kept
+
+
+def test_a_copy_of_a_read_only_package_can_be_replaced(tmp_path: Path) -> None:
+    package = Path(shutil.copytree(TRAINED, tmp_path / "package"))
+    for path in (*package.rglob("*"), package):
+        path.chmod(path.stat().st_mode & ~0o222)
+    install_demo(tmp_path / "demo", package)
+    assert all(path.stat().st_mode & 0o200 for path in (tmp_path / "demo", *(tmp_path / "demo").rglob("*")))
 
 
 def test_pictures_are_no_constant_and_follow_prompt_and_seed(pipeline: Any) -> None:

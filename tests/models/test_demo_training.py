@@ -1,6 +1,7 @@
 """The training of the demo model: what it draws and says, and that a hundredth of it already learns."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -211,9 +212,17 @@ def one_thread() -> None:
 def test_a_stopped_training_goes_on_as_if_it_had_not_been(trial: Path, tmp_path: Path) -> None:
     (tmp_path / "latents").symlink_to(trial / "latents")
     (tmp_path / "words").symlink_to(trial / "words")
-    for until in (2, 4):
-        run("diffusion", tmp_path, SHORT, bf16=False, until=until)
-    assert losses(tmp_path / "diffusion") == losses(trial / "diffusion")[:4]
+    saved = []
+    for stops in ((2, 4), (4,)):
+        for until in stops:
+            run("diffusion", tmp_path, SHORT, bf16=False, until=until)
+        assert losses(tmp_path / "diffusion") == losses(trial / "diffusion")[:4]
+        saved.append((tmp_path / "diffusion" / "checkpoint.pt").rename(tmp_path / f"{stops}.pt"))
+        shutil.rmtree(tmp_path / "diffusion")
+    stopped, whole = (torch.load(path, weights_only=True) for path in saved)
+    for kept in ("average", "weights"):
+        torch.testing.assert_close(stopped[kept], whole[kept], rtol=0, atol=0)
+    torch.testing.assert_close(stopped["optimiser"]["state"], whole["optimiser"]["state"], rtol=0, atol=0)
 
 
 def test_latents_are_filled_by_workers_and_kept(trial: Path, tmp_path: Path) -> None:

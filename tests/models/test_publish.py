@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from serve_app.config import AppConfig, ModelSource
-from serve_app.errors import ConfigError, FamilyMismatch, UnsafeModel
+from serve_app.errors import ConfigError, FamilyMismatch, RetryableError, UnsafeModel
 from serve_app.models.catalog import Catalog, ModelType
 from serve_app.models.demo import DEMO_CONTROL_TYPES, install_demo
 from serve_app.models.publish import publish, publish_all
@@ -96,6 +96,14 @@ def test_what_did_not_change_is_not_hashed_again(catalog: Catalog, base: Path, t
         catalog.add(wrong.model_copy(update=change))
         (entry,) = publish_all(config, catalog)
         assert entry.model_copy(update={"created_at": right.created_at}) == right
+
+
+def test_a_disk_that_takes_no_demo_is_told(catalog: Catalog, tmp_path: Path) -> None:
+    config = AppConfig(data=tmp_path / "data")
+    config.published_models.mkdir(parents=True)
+    (config.published_models / "demo").write_text("in the way")
+    with pytest.raises(RetryableError, match="the demo model could not be written to"):
+        publish_all(config, catalog)
 
 
 def test_the_demo_model_can_be_left_out(catalog: Catalog, tmp_path: Path) -> None:

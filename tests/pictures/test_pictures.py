@@ -1,7 +1,9 @@
 """Pictures of the demo model, judged by what is in them: the prompt decides what is drawn, the control map where.
 
 Through the engine; what is about edges at 512x512, the size that is served, the rest at 256x256. Seeds are fixed, so
-the figures are too, but for the last digits between machines. Thresholds lie well below what was measured.
+the figures are too, but for the last digits between machines. Thresholds lie well below what was measured:
+all colours right; F1 of edges 0.67 (canny), 0.57 (scribble), 0.71 (lineart), 0.55 (segmentation), 0.64 (depth);
+at scales 0, 0.5 and 1: 0.01, 0.40, 0.60; guess mode 0.36, without a map 0.01; schedulers from 0.54 (ScoreSdeVe).
 """
 
 from collections.abc import Sequence
@@ -111,10 +113,10 @@ def test_a_mask_keeps_what_is_outside_and_changes_what_is_inside(demo: Demo) -> 
     mask = np.zeros((side, side), np.uint8)
     mask[side // 4 : 3 * side // 4, side // 4 : 3 * side // 4] = 255
     hole = inpaint(Source(image=before, mask=mask, seed=0, params={}))
-    wish = Wish("a blue circle on a white background", "inpaint", hole, init=before, mask=mask)
+    wish = Wish("a blue circle on a green background", "inpaint", hole, init=before, mask=mask)
     (after,) = demo.draw(side, wish)
-    far = np.zeros((side, side), bool)
-    far[: side // 4 - 16] = far[3 * side // 4 + 16 :] = True
+    far = np.ones((side, side), bool)
+    far[side // 4 - 16 : 3 * side // 4 + 16, side // 4 - 16 : 3 * side // 4 + 16] = False
     assert difference(after, before, far) < 10
     assert difference(after, before, mask > 0) > 40
 
@@ -152,8 +154,8 @@ def test_seeds_differ_and_repeat(demo: Demo) -> None:
     assert difference(one, again) < 1
 
 
-DRAWING = tuple(name for name, row in SCHEDULERS.items() if not row.needs_image and name != "LCMScheduler")
-"""LCM is for distilled models; DDIMInverse needs an image to invert."""
+DRAWING = tuple(name for name, row in SCHEDULERS.items() if not row.needs_image)
+"""DDIMInverse needs an image to invert."""
 
 
 @pytest.mark.parametrize(
@@ -165,7 +167,7 @@ DRAWING = tuple(name for name, row in SCHEDULERS.items() if not row.needs_image 
         for name in DRAWING
     ],
 )
-def test_every_scheduler_draws_the_asked_colour_and_shape(demo: Demo, name: str) -> None:
+def test_every_scheduler_draws_the_asked_colours_along_the_map(demo: Demo, name: str) -> None:
     drawn, edge_map = wanted("circle", SMALL)
     (image,) = demo.draw(
         SMALL, Wish("a blue circle on a yellow background", "canny", edge_map, scheduler=name, steps=30)

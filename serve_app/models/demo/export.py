@@ -4,7 +4,6 @@
 """
 
 import argparse
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 from diffusers import PNDMScheduler, StableDiffusionPipeline
 
-from serve_app.models.demo import DEMO_CONTROL_TYPES, DEMO_ID, TRAINED, VERSION_FILE, demo_net_id
+from serve_app.models.demo import DEMO_CONTROL_TYPES, DEMO_ID, TRAINED, VERSION_FILE, demo_net_id, version_of
 from serve_app.models.demo.control import POOLED
 from serve_app.models.demo.networks import NOISE_SCHEDULE, make_net
 from serve_app.models.demo.train import STAGES, autoencoder, diffusion_model
@@ -27,7 +26,10 @@ def export(work: Path, folder: Path, control_types: Iterable[str] = DEMO_CONTROL
 
     Raises:
         FileNotFoundError: one of them was not trained in ``work``.
+        FileExistsError: ``folder`` holds something else than a demo model.
     """
+    if folder.exists() and not (folder / VERSION_FILE).is_file() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} holds something else than a demo model; name another folder")
     model = diffusion_model(work)
     nets = {control_type: make_net(model.unet, global_pool=control_type == POOLED) for control_type in control_types}
     for control_type, net in nets.items():
@@ -49,7 +51,7 @@ def export(work: Path, folder: Path, control_types: Iterable[str] = DEMO_CONTROL
     hashes = [resolve(each).hash() for each in (folder / DEMO_ID, *(folder / demo_net_id(name) for name in nets))]
     curves = {stage: curve(work / stage) for stage in STAGES if (work / stage / "curve.jsonl").exists()}
     (folder / "curves.json").write_text(json.dumps(curves, indent=None, separators=(",", ":")))
-    (folder / VERSION_FILE).write_text(hashlib.sha256("".join(hashes).encode()).hexdigest())
+    (folder / VERSION_FILE).write_text(version_of(hashes))
     return folder
 
 

@@ -41,7 +41,7 @@ figures into the noise it starts from, whatever the control map says. Here 1% ar
 
 
 def make_vae(seed: int) -> AutoencoderKL:
-    """Starts from the path that ``weights`` lays through noise: colours are right from the first step.
+    """Starts from the path that ``vae_path`` lays through noise: colours are right from the first step.
 
     Without it training spends its first thousand steps on them: the loss after 200 steps was 0.42, with it 0.16.
     """

@@ -1,8 +1,8 @@
 """Trains the demo model: ``python -m serve_app.models.demo.train STAGE --work FOLDER``.
 
-Stages, in order: autoencoder, latents, decoder, words, diffusion, served-size, one per control type; ``all`` is all of
-them. Each continues where it was stopped. The decoder needs nothing of the stages after it and may run beside them; so
-may the control types beside each other.
+Stages, in order: autoencoder, latents, decoder, words, diffusion, served-size, guided, large, one per control type;
+``all`` is all of them. Each continues where it was stopped. The decoder needs nothing of the stages after it and may
+run beside them; so may the control types beside each other.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from serve_app.models.demo.diffusion import PHASES, DiffusionModel, DiffusionSta
 from serve_app.models.demo.networks import make_vae
 from serve_app.models.demo.training import Schedule, Stage, Training, restore
 
-_BATCH_PIXELS = 600_000
+_BATCH_PIXELS = 800_000
 """No batch has more."""
 _PHASES = tuple(phase.name for phase in PHASES)
 STAGES = ("autoencoder", "latents", "decoder", *_PHASES, *MAKERS)
