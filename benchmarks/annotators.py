@@ -8,16 +8,11 @@ person in the picture of these rows, with two hands and a face. mediapipe is lef
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +20,7 @@ import cv2
 import numpy as np
 import torch
 import transformers
+from report import machine, write
 from skimage.data import astronaut
 from torch import nn
 
@@ -126,6 +122,7 @@ def main(arguments: Sequence[str]) -> None:
     cv2.setNumThreads(options.threads)
     names = [name for name in options.only if "face_landmarker" not in ANNOTATORS[name].networks]
     rows = []
+    described = machine()
     print(f"{'annotator':<20}{'pixels':<12}{'median s':>9}{'first s':>9}{'weights MB':>12}")
     with tempfile.TemporaryDirectory() as folder:
         host = build_host(Path(folder), names)
@@ -139,19 +136,7 @@ def main(arguments: Sequence[str]) -> None:
                     flush=True,
                 )
     if options.json is not None:
-        report = {
-            "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": {"processor": platform.processor() or platform.machine(), "python": platform.python_version()},
-            "load_average": os.getloadavg(),
-            "cores": os.cpu_count(),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-            "versions": {name: version(name) for name in ("torch", "transformers", "controlnet-aux", "numpy")},
-            "threads": options.threads,
-            "repetitions": options.repetitions,
-            "results": rows,
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+        write(options.json, {"threads": options.threads, "repetitions": options.repetitions}, rows, described)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("torch", "diffusers", "transformers", "ray", "numpy")
+PACKAGES = ("torch", "diffusers", "transformers", "controlnet-aux", "ray", "numpy")
 RESULTS = Path(__file__).parent / "results"
 
 
